@@ -1,0 +1,1 @@
+"""Shards to samples, samples to pixels, and byte-exact shards out."""

@@ -1,0 +1,1 @@
+"""The proxy model and the loss trajectories it leaves."""
