@@ -11,6 +11,10 @@ from sanitize.errors import UsageError
 MIN_TRUSTED = 50
 """Fewest usable trusted samples: the k of BaDLoss, and what a p-value of 2 % needs."""
 
+DEFAULT_ALPHA = 0.1
+BADLOSS_REJECT = 0.4
+"""The share of the data that BaDLoss removes (Alex et al., ICLR 2025)."""
+
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
@@ -68,9 +72,9 @@ class ProxyConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DecisionConfig:
-    method: str = "trajectory-classifier"
+    method: str = "trajectory-ensemble"
     """A module of ``sanitize.scores``, with dashes."""
-    alpha: float | None = 0.1
+    alpha: float | None = DEFAULT_ALPHA
     """Conformal level: the share of clean samples that may be lost. None when reject is set."""
     reject: float | None = None
     """Share of the corpus to flag, most suspicious first, instead of alpha."""
@@ -80,7 +84,7 @@ class DecisionConfig:
     def __post_init__(self) -> None:
         _require(
             (self.alpha is None) != (self.reject is None),
-            "--alpha and --reject exclude each other: give one of them",
+            "--alpha and --reject exclude each other: give one of the two",
         )
         _require(self.alpha is None or 0 < self.alpha < 1, f"--alpha {self.alpha}: expected between 0 and 1")
         _require(
@@ -90,6 +94,15 @@ class DecisionConfig:
             self.class_cap is None or 0 < self.class_cap <= 1,
             f"--class-cap {self.class_cap}: expected above 0 and up to 1",
         )
+
+    @classmethod
+    def choose(
+        cls, method: str, alpha: float | None, reject: float | None, class_cap: float | None
+    ) -> DecisionConfig:
+        """With neither alpha nor reject given: alpha 0.1, for badloss the paper's reject 0.4."""
+        if alpha is None and reject is None:
+            alpha, reject = (None, BADLOSS_REJECT) if method == "badloss" else (DEFAULT_ALPHA, None)
+        return cls(method=method, alpha=alpha, reject=reject, class_cap=class_cap)
 
 
 @dataclass(frozen=True, kw_only=True)

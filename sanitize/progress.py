@@ -5,10 +5,13 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol, TextIO
 
 Advance = Callable[[int], None]
+
+
+Stage = AbstractContextManager[Advance]
 
 
 class Progress(Protocol):
@@ -17,14 +20,6 @@ class Progress(Protocol):
     def stage(self, name: str, total: int, unit: str) -> Stage: ...
 
     def note(self, text: str) -> None: ...
-
-
-class Stage(Protocol):
-    """A context manager that yields a function to advance the bar by n units."""
-
-    def __enter__(self) -> Advance: ...
-
-    def __exit__(self, *exc: object) -> bool | None: ...
 
 
 class Silent:

@@ -1,0 +1,209 @@
+"""The command line: thin commands over the functions of the package, and the one place errors become text."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+import sanitize
+from sanitize.errors import FindingsError, SanitizeError, UsageError
+
+if TYPE_CHECKING:
+    from sanitize.report.build import Report
+
+METHODS = "trajectory-ensemble, trajectory-classifier, mahalanobis or badloss"
+
+
+class _Group(TyperGroup):
+    """Turns a SanitizeError into one message and its exit code, whichever command raised it."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SanitizeError as error:
+            print(f"error: {printable(str(error))}", file=sys.stderr)
+            sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            print("interrupted: the same command goes on from here", file=sys.stderr)
+            sys.exit(130)
+
+
+app = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Find poisoned samples in WebDataset image corpora before training on them.",
+)
+
+Shards = Annotated[
+    str,
+    typer.Argument(help="Folder, glob, brace list, ::-joined, @list.txt or URL of .tar[.gz|.zst] shards."),
+]
+RunFolder = Annotated[Path, typer.Argument(help="Run folder of a scan.")]
+Alpha = Annotated[
+    float | None,
+    typer.Option(help="Share of clean samples that may be lost. Default 0.1 unless --reject is given."),
+]
+Reject = Annotated[
+    float | None,
+    typer.Option(help="Flag this share of the corpus instead. badloss alone defaults to the published 0.4."),
+]
+ClassCap = Annotated[float, typer.Option(help="Largest share of one class that may be flagged.")]
+NoClassCap = Annotated[bool, typer.Option("--no-class-cap", help="Flag whatever the scores say.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+FailOn = Annotated[
+    float | None, typer.Option(help="Exit with 5 if more than this share of the corpus is flagged.")
+]
+
+
+@app.command()
+def scan(
+    shards: Shards,
+    trusted: Annotated[str, typer.Option(help="Small clean subset with the same labels, in the same form.")],
+    out: Annotated[Path, typer.Option(help="Run folder; an interrupted run goes on.")] = Path("sanitize-run"),
+    label: Annotated[str, typer.Option(help="Where labels are: cls, txt or json:path.to.field.")] = "cls",
+    resolution: Annotated[
+        int | None, typer.Option(help="Side of the proxy images in pixels. Default 32 or 64, by image size.")
+    ] = None,
+    proxy: Annotated[
+        str, typer.Option(help="auto, small or a torchvision constructor such as resnet18 or resnet50.")
+    ] = "auto",
+    epochs: Annotated[int, typer.Option(help="Epochs of proxy training.")] = 20,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    trajectory: Annotated[
+        str, typer.Option(help="eval: losses after each epoch; online: losses at training time, cheaper.")
+    ] = "eval",
+    seed: Annotated[int, typer.Option(help="Seed of initialisation, order and scores.")] = 0,
+    method: Annotated[str, typer.Option(help=f"Score: {METHODS}.")] = "trajectory-ensemble",
+    alpha: Alpha = None,
+    reject: Reject = None,
+    class_cap: ClassCap = 0.5,
+    no_class_cap: NoClassCap = False,
+    allow_pipe: Annotated[
+        bool, typer.Option("--allow-pipe", help="Run the commands of pipe: shards.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only count, and estimate disk, memory and time.")
+    ] = False,
+    fail_on: FailOn = None,
+    as_json: Json = False,
+) -> None:
+    """Find suspicious samples and write kept shards, a quarantine and an audit report."""
+    from sanitize.config import CorpusConfig, DecisionConfig, ProxyConfig, ScanConfig
+    from sanitize.progress import for_stderr
+
+    config = ScanConfig(
+        corpus=CorpusConfig(
+            shards=shards, trusted=trusted, label=label, resolution=resolution, allow_pipe=allow_pipe
+        ),
+        proxy=ProxyConfig(proxy=proxy, epochs=epochs, device=device, trajectory=trajectory, seed=seed),
+        decision=DecisionConfig.choose(method, alpha, reject, None if no_class_cap else class_cap),
+    )
+    _check_fail_on(fail_on)
+    if dry_run:
+        from sanitize.estimate import estimate, in_words
+
+        guess = estimate(config, for_stderr())
+        print(json.dumps(guess) if as_json else in_words(guess))
+        return
+    from sanitize.pipeline import run_scan
+
+    _finish(run_scan(config, out, for_stderr()), as_json, fail_on)
+
+
+@app.command()
+def filter(
+    run: RunFolder,
+    method: Annotated[str | None, typer.Option(help=f"Score: {METHODS}. Default: the scan's.")] = None,
+    alpha: Alpha = None,
+    reject: Reject = None,
+    class_cap: ClassCap = 0.5,
+    no_class_cap: NoClassCap = False,
+    fail_on: FailOn = None,
+    as_json: Json = False,
+) -> None:
+    """Make a new decision and new shards from an existing run, without training."""
+    from sanitize.progress import for_stderr
+
+    _check_fail_on(fail_on)
+    report = sanitize.filter(
+        run,
+        method=method,
+        alpha=alpha,
+        reject=reject,
+        class_cap=None if no_class_cap else class_cap,
+        progress=for_stderr(),
+    )
+    _finish(report, as_json, fail_on)
+
+
+@app.command()
+def report(run: RunFolder, as_json: Json = False) -> None:
+    """Build the report of an existing run again."""
+    _finish(sanitize.report(run), as_json, None)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the corpus and the run.")] = Path("sanitize-demo"),
+    seed: Annotated[int, typer.Option(help="Seed of the corpus, the attacks and the scan.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Generate a small corpus, plant three attacks in it, scan it and compare with the truth."""
+    from sanitize.demo import in_words, run_demo
+    from sanitize.progress import for_stderr
+
+    found = run_demo(out, seed, for_stderr())
+    print(json.dumps(found) if as_json else in_words(found))
+
+
+def _check_fail_on(fail_on: float | None) -> None:
+    if fail_on is not None and not 0 <= fail_on <= 1:
+        raise UsageError(f"--fail-on {fail_on}: expected a share between 0 and 1")
+
+
+def _finish(report: Report, as_json: bool, fail_on: float | None) -> None:
+    if as_json:
+        print(json.dumps(report.to_dict()))
+    else:
+        print(summary(report))
+    if fail_on is not None and report.flagged > fail_on * report.samples:
+        raise FindingsError(
+            f"{report.flagged} of {report.samples} samples are flagged, over --fail-on {fail_on}; "
+            f"see {report.path}"
+        )
+
+
+def summary(report: Report) -> str:
+    """The few lines that `scan`, `filter` and `report` print."""
+    folder = report.path.parent
+    return "\n".join(
+        [
+            printable(report.verdict),
+            "",
+            f"  indexed      {report.samples:>12,}",
+            f"  kept         {report.kept:>12,}   {folder / 'kept'}",
+            f"  quarantined  {report.quarantined:>12,}   {folder / 'quarantine'}",
+            f"    suspicious {report.flagged:>12,}",
+            f"    unusable   {report.unusable:>12,}",
+            "",
+            f"Report: {report.path}",
+        ]
+    )
+
+
+def printable(text: str) -> str:
+    """Text without control characters: keys and labels are written by strangers."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
+def main() -> None:
+    """Entry point of the `sanitize` command."""
+    app()

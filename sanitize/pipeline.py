@@ -1,0 +1,389 @@
+"""The story of a scan, top to bottom. Open this first.
+
+    shards, trusted ─ index ─▶ index.parquet ─ pixels ─▶ pixels/pixels.npy ─ train ─▶ trajectories.npy
+      ─ scores ─▶ scores.npy ─ decision ─▶ decisions.parquet ─ shards ─▶ kept/, quarantine/
+      ─ report ─▶ report.html, report.json
+
+Every stage reads files of the run folder and leaves files there; a stage that is marked done is not run
+again. `scan` runs them all, `filter_run` the last three, `rebuild_report` the last one.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+import sanitize
+from sanitize.config import MIN_TRUSTED, CorpusConfig, DecisionConfig, ScanConfig
+from sanitize.corpus import index as index_module
+from sanitize.corpus import pixels as pixels_module
+from sanitize.corpus.sources import Source, distinct_names, expand, fingerprint
+from sanitize.corpus.writer import write_shards
+from sanitize.errors import InputError, RunFolderError
+from sanitize.progress import Progress, Silent
+from sanitize.report.build import Report, build_report
+from sanitize.rundir import RunDir, write_atomic, write_table
+from sanitize.scores import ScoreInputs, decide
+
+if TYPE_CHECKING:
+    from sanitize.dynamics import proxy as proxy_module
+
+INDEX = "index.parquet"
+PIXELS = "pixels/pixels.npy"
+TRAJECTORIES = "trajectories.npy"
+CHECKPOINT = "proxy.pt"
+SCORES = "scores.npy"
+DECISION_SCORES = "decision_scores.npy"
+DECISIONS = "decisions.parquet"
+AFTER_SCORES = ("decision", "shards", "report")
+
+
+def run_scan(config: ScanConfig, out: Path, progress: Progress | None = None) -> Report:
+    """Scan a corpus into the run folder `out`, or go on with a scan that was interrupted there.
+
+    Raises:
+        SanitizeError: see errors.py; what was finished before still stands.
+    """
+    progress = progress or Silent()
+    corpus, trusted = find_sources(config.corpus)
+    with RunDir.create(out, config.to_dict(), _versions()) as run:
+        run.clear_temporary()
+        _check_same_shards(run, corpus + trusted)
+        if _decided_differently(run, config.decision):
+            run.forget("scores", *AFTER_SCORES)
+        _index(run, config.corpus, corpus, trusted, progress)
+        _pixels(run, config.corpus, corpus + trusted, progress)
+        _train(run, config, progress)
+        _scores(run, config.decision.method, config.proxy.seed)
+        _decide(run, config.decision)
+        _write(run, corpus, progress)
+        return _report(run)
+
+
+def filter_run(out: Path, decision: DecisionConfig, progress: Progress | None = None) -> Report:
+    """Make a new decision, new shards and a new report from a run whose training is done."""
+    progress = progress or Silent()
+    with RunDir.open(out) as run:
+        config = _finished_config(run)
+        corpus, trusted = find_sources(config.corpus)
+        run.clear_temporary()
+        _check_same_shards(run, corpus + trusted)
+        if decision.method != run.manifest["stages"].get("scores", {}).get("method"):
+            run.forget("scores")
+        run.forget(*AFTER_SCORES)
+        _scores(run, decision.method, config.proxy.seed)
+        _decide(run, decision)
+        _write(run, corpus, progress)
+        return _report(run)
+
+
+def method_of(out: Path) -> str:
+    """The method that the scan of a run folder was told to use."""
+    with RunDir.open(out) as run:
+        return _finished_config(run).decision.method
+
+
+def rebuild_report(out: Path) -> Report:
+    """Build the report of a finished run again."""
+    with RunDir.open(out) as run:
+        _finished_config(run)
+        if not run.is_done("shards"):
+            raise InputError(f"{out}: the scan did not finish; run the same sanitize scan command again")
+        run.forget("report")
+        return _report(run)
+
+
+def find_sources(config: CorpusConfig) -> tuple[list[Source], list[Source]]:
+    """The corpus shards and the trusted shards, all with distinct names."""
+    corpus = expand(config.shards, allow_pipe=config.allow_pipe)
+    trusted = expand(config.trusted, allow_pipe=config.allow_pipe)
+    return corpus, distinct_names(trusted, corpus)
+
+
+def _index(
+    run: RunDir, config: CorpusConfig, corpus: list[Source], trusted: list[Source], progress: Progress
+) -> None:
+    if run.is_done("index"):
+        return
+    with run.stage("index") as facts:
+        index = index_module.build_index(
+            corpus, trusted, label=config.label, scratch=_scratch(run), workers=cores(), progress=progress
+        )
+        write_table(run / INDEX, index.table)
+        run.manifest |= {"class_names": index.class_names, "shards": index.shards, "notes": index.notes}
+        facts["rows"] = index.table.num_rows
+
+
+def _pixels(run: RunDir, config: CorpusConfig, sources: list[Source], progress: Progress) -> None:
+    if run.is_done("pixels"):
+        return
+    with run.stage("pixels") as facts:
+        table = pq.read_table(run / INDEX)
+        side = pixels_module.median_side(sources, table, _scratch(run))
+        resolution = config.resolution or pixels_module.choose_resolution(side)
+        table = pixels_module.decode_all(
+            sources,
+            table,
+            run / PIXELS,
+            resolution,
+            scratch=_scratch(run),
+            workers=cores(),
+            progress=progress,
+        )
+        _check_enough(table)
+        write_table(run / INDEX, table)
+        facts |= {"resolution": resolution, "median_side": side}
+
+
+def _check_enough(table: pa.Table) -> None:
+    """Decoding may have taken away what the index counted on."""
+    usable = pc.equal(table["status"], "ok")
+    trusted = pc.sum(pc.and_(usable, table["trusted"])).as_py()
+    if trusted < MIN_TRUSTED:
+        raise InputError(
+            f"only {trusted} trusted images can be decoded and {MIN_TRUSTED} are needed; look at --trusted"
+        )
+    classes = len(pc.unique(table.filter(pc.and_(usable, pc.invert(table["trusted"])))["class_id"]))
+    if classes < 2:
+        raise InputError(
+            f"the corpus images that can be decoded have {classes} labels; at least 2 are needed"
+        )
+
+
+def _train(run: RunDir, config: ScanConfig, progress: Progress) -> None:
+    if run.is_done("train"):
+        return
+    from sanitize.dynamics import proxy as proxy_module
+    from sanitize.dynamics.trajectories import kept_epochs, open_trajectories
+
+    with run.stage("train") as facts:
+        samples = _samples(run)
+        setup = proxy_module.setup(config.proxy, len(samples.rows))
+        _check_same_setup(run, setup)
+        trajectories = open_trajectories(run / TRAJECTORIES, config.proxy.epochs, len(samples.pixels))
+        epoch_loss, accuracy = proxy_module.train(
+            samples, config.proxy, setup, trajectories, run / CHECKPOINT, progress
+        )
+        run.manifest["training"] = {
+            **asdict(setup),
+            "epochs": config.proxy.epochs,
+            "trajectory": config.proxy.trajectory,
+            "resolution": samples.pixels.shape[1],
+            "epoch_loss": epoch_loss,
+            "accuracy": accuracy,
+            "kept_epochs": kept_epochs(epoch_loss),
+        }
+        facts["samples"] = len(samples.rows)
+
+
+def _samples(run: RunDir) -> proxy_module.Samples:
+    from sanitize.dynamics import proxy as proxy_module
+
+    table = pq.read_table(run / INDEX, columns=["class_id", "status"])
+    return proxy_module.Samples(
+        pixels=np.load(run / PIXELS, mmap_mode="r"),
+        class_id=table["class_id"].to_numpy(),
+        rows=np.flatnonzero(pc.equal(table["status"], "ok").to_numpy(zero_copy_only=False)),
+        classes=len(run.manifest["class_names"]),
+    )
+
+
+def _check_same_setup(run: RunDir, setup: proxy_module.Setup) -> None:
+    """A run that began on a GPU cannot go on without one and end with the same arrays."""
+    began = run.manifest.setdefault("setup", asdict(setup))
+    if began != asdict(setup):
+        raise RunFolderError(
+            f"{run.path} was begun with {began}, this machine would go on with {asdict(setup)}: "
+            "the losses would not be comparable. Go on where it was begun, or give another --out"
+        )
+    run.save()
+
+
+def _scores(run: RunDir, method: str, seed: int) -> None:
+    if run.is_done("scores"):
+        return
+    from sanitize import scores
+
+    scores.load(method)
+    with run.stage("scores") as facts:
+        inputs, rows, total = score_inputs(run, seed)
+        values = np.full(total, np.nan, np.float32)
+        values[rows] = scores.score(method, inputs)
+        _save_array(run / SCORES, values)
+        facts["method"] = method
+
+
+def score_inputs(run: RunDir, seed: int) -> tuple[ScoreInputs, npt.NDArray[np.intp], int]:
+    """What a method sees, the index rows it sees it of, and how many rows the index has."""
+    from sanitize.dynamics.trajectories import columns
+
+    table = pq.read_table(run / INDEX, columns=["class_id", "trusted", "status"])
+    losses = np.load(run / TRAJECTORIES, mmap_mode="r")
+    kept = run.manifest["training"]["kept_epochs"]
+    rows = np.flatnonzero(pc.equal(table["status"], "ok").to_numpy(zero_copy_only=False))
+    values = columns(losses, kept, rows)
+    finite = np.isfinite(values).all(axis=1)
+    inputs = ScoreInputs(
+        trajectories=np.ascontiguousarray(values[finite]),
+        class_id=table["class_id"].to_numpy()[rows[finite]],
+        trusted=table["trusted"].to_numpy(zero_copy_only=False)[rows[finite]],
+        seed=seed,
+    )
+    return inputs, rows[finite], table.num_rows
+
+
+def _decide(run: RunDir, config: DecisionConfig) -> None:
+    if run.is_done("decision"):
+        return
+    with run.stage("decision"):
+        seed = run.manifest["config"]["proxy"]["seed"]
+        inputs, rows, total = score_inputs(run, seed)
+        scores = np.load(run / SCORES)[rows]
+        made = decide.decide(scores, inputs.class_id, inputs.trusted, config)
+        signals = {"score": scores, **decide.signals(inputs.trajectories)}
+        flagged = np.flatnonzero(made.flagged)
+        table = pq.read_table(run / INDEX)
+        table = table.slice(0, int((~table["trusted"].to_numpy(zero_copy_only=False)).sum()))
+        scored = _Scatter(rows, table.num_rows)
+        status = np.array(table["status"].to_pylist(), dtype=object)
+        status[(status == "ok") & ~scored.covered] = "loss-not-finite"
+        reason = np.array([None if code == "ok" else index_module.STATUS[code] for code in status], object)
+        reason[rows[flagged]] = decide.reasons(inputs, flagged)
+        is_flagged = scored(made.flagged, False) | (status != "ok")
+        decisions = table.select(["sample_id", "shard", "key", "label"])
+        decisions = decisions.append_column("status", pa.array(status.tolist(), pa.string()))
+        for name, values in {
+            "anomaly_score": decide.anomaly_scores(scores, inputs.trusted),
+            "p_value": made.p_value,
+        }.items():
+            decisions = decisions.append_column(name, scored.nullable(values))
+        decisions = decisions.append_column("flagged", pa.array(is_flagged))
+        decisions = decisions.append_column("reason", pa.array(reason.tolist(), pa.string()))
+        for name, values in signals.items():
+            decisions = decisions.append_column(name, scored.nullable(values))
+        everything = np.full(total, np.nan, np.float32)
+        everything[rows] = made.score
+        _save_array(run / DECISION_SCORES, everything)
+        write_table(run / DECISIONS, decisions)
+        run.manifest["decision"] = {
+            **asdict(config),
+            "threshold": made.threshold,
+            "flagged": int(made.flagged.sum()),
+            "spared_by_cap": made.spared_by_cap,
+            "trusted_flagged_ratio": made.trusted_flagged_ratio,
+        }
+
+
+class _Scatter:
+    """Puts values of the scored rows into columns over all corpus rows; trusted rows fall away."""
+
+    def __init__(self, rows: npt.NDArray[np.intp], corpus_rows: int) -> None:
+        self._corpus = rows < corpus_rows
+        self._rows = rows[self._corpus]
+        self.covered = np.zeros(corpus_rows, bool)
+        self.covered[self._rows] = True
+
+    def __call__(self, values: npt.NDArray[Any], fill: Any) -> npt.NDArray[Any]:
+        column = np.full(len(self.covered), fill, values.dtype)
+        column[self._rows] = values[self._corpus]
+        return column
+
+    def nullable(self, values: npt.NDArray[np.float32]) -> pa.Array:
+        return pa.array(self(values, 0), pa.float32(), mask=~self.covered)
+
+
+def _write(run: RunDir, corpus: list[Source], progress: Progress) -> None:
+    if run.is_done("shards"):
+        return
+    with run.stage("shards"):
+        table = pq.read_table(run / INDEX)
+        flagged = pq.read_table(run / DECISIONS, columns=["flagged"])["flagged"].to_numpy(
+            zero_copy_only=False
+        )
+        records = write_shards(
+            corpus, table, flagged, run.path, scratch=_scratch(run), workers=cores(), progress=progress
+        )
+        run.manifest["outputs"] = {"shards": records}
+
+
+def _report(run: RunDir) -> Report:
+    if not run.is_done("report"):
+        with run.stage("report"):
+            report = build_report(run)
+        shutil.rmtree(_scratch(run))
+        return report
+    return build_report(run)
+
+
+def _finished_config(run: RunDir) -> ScanConfig:
+    if not run.is_done("train"):
+        raise InputError(
+            f"{run.path}: the scan has not finished training; run the same sanitize scan command again"
+        )
+    return ScanConfig.from_dict(run.manifest["config"])
+
+
+def _decided_differently(run: RunDir, config: DecisionConfig) -> bool:
+    """Whether `sanitize filter` was used on this run after the scan."""
+    made = run.manifest.get("decision", {})
+    return any(made.get(name, value) != value for name, value in asdict(config).items())
+
+
+def _check_same_shards(run: RunDir, sources: list[Source]) -> None:
+    """The shards of a run that goes on must be the ones it was begun with."""
+    if not run.is_done("index"):
+        return
+    stored = {record["name"]: record for record in run.manifest["shards"]}
+    changed = sorted(stored.keys() ^ {source.name for source in sources})
+    for source in sources:
+        size, mtime_ns = fingerprint(source)
+        record = stored.get(source.name)
+        if record and (record["bytes"], record["mtime_ns"]) != (size, mtime_ns):
+            changed.append(source.name)
+    if changed:
+        more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+        raise RunFolderError(
+            f"{run.path} belongs to other shards: {', '.join(changed[:5])}{more} changed, appeared or went "
+            "since it was begun; give another --out"
+        )
+
+
+def _scratch(run: RunDir) -> Path:
+    path = run / ".scratch"
+    path.mkdir(exist_ok=True)
+    return path
+
+
+def _save_array(path: Path, values: npt.NDArray[np.float32]) -> None:
+    import io
+
+    buffer = io.BytesIO()
+    np.save(buffer, values)
+    write_atomic(path, buffer.getvalue())
+
+
+def cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _versions() -> dict[str, str]:
+    names = ("torch", "torchvision", "webdataset", "numpy", "pyarrow", "pillow", "scikit-learn")
+    found = {"sanitize": sanitize.__version__, "python": platform.python_version()}
+    for name in (*names, "faiss-gpu", "faiss-cpu"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

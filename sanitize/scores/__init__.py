@@ -1,0 +1,68 @@
+"""Methods that turn loss trajectories into anomaly scores: one file a method.
+
+A method is a module of this package with a function ``score(inputs: ScoreInputs) -> np.ndarray``, (N,)
+float32, higher = more suspicious. Its name on the command line is the module's with dashes for
+underscores, so adding a method is adding a file. Trusted samples must be scored as if they were not known
+to be trusted (left out, or out of fold): their scores are what a p-value is measured against.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from dataclasses import dataclass
+from types import ModuleType
+
+import numpy as np
+import numpy.typing as npt
+
+from sanitize.errors import UsageError
+
+_HELPERS = {"decide", "knn", "features"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreInputs:
+    """What a method may look at: the usable samples only."""
+
+    trajectories: npt.NDArray[np.float32]
+    """(N, E) cross-entropy in nats, kept epochs, finite."""
+    class_id: npt.NDArray[np.int32]
+    """(N,) given labels, 0 to C-1."""
+    trusted: npt.NDArray[np.bool_]
+    """(N,) True for trusted samples."""
+    seed: int
+
+    def __post_init__(self) -> None:
+        samples = len(self.trajectories)
+        if (
+            self.trajectories.ndim != 2
+            or self.class_id.shape != (samples,)
+            or self.trusted.shape != (samples,)
+        ):
+            raise ValueError("trajectories (N, E), class_id (N,) and trusted (N,) disagree in shape")
+        if not np.isfinite(self.trajectories).all():
+            raise ValueError("trajectories hold NaN or infinite losses")
+
+
+def methods() -> list[str]:
+    """Names that ``--method`` takes."""
+    names = (module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(name.replace("_", "-") for name in names if name not in _HELPERS)
+
+
+def load(method: str) -> ModuleType:
+    """The module of a method.
+
+    Raises:
+        UsageError: there is no such method.
+    """
+    if method not in methods():
+        raise UsageError(f"--method {method}: expected one of {', '.join(methods())}")
+    return importlib.import_module(f"{__name__}.{method.replace('-', '_')}")
+
+
+def score(method: str, inputs: ScoreInputs) -> npt.NDArray[np.float32]:
+    """(N,) float32 anomaly scores by the named method; higher = more suspicious."""
+    scores: npt.NDArray[np.float32] = load(method).score(inputs)
+    return scores

@@ -1,0 +1,222 @@
+"""From scores to a decision: p-values, thresholds, the per-class cap, and a reason in words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from sanitize.config import DecisionConfig
+from sanitize.scores import ScoreInputs
+from sanitize.scores.features import log_losses
+
+MIN_CLASS_TRUSTED = 10
+"""Fewer trusted samples of a class than this, and a reason compares with all trusted samples."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """The decision over the usable samples, in their order; trusted samples are never flagged."""
+
+    p_value: npt.NDArray[np.float32]
+    """(N,) conformal p-values."""
+    flagged: npt.NDArray[np.bool_]
+    """(N,) True = to be quarantined."""
+    spared_by_cap: int
+    """Samples over the threshold that the per-class cap kept."""
+    score: npt.NDArray[np.float32]
+    """(N,) what was compared with the threshold: centred within classes for alpha, as they are for reject."""
+    threshold: float | None
+    """The lowest such score over the threshold; None when nothing is."""
+    trusted_flagged_ratio: float
+    """Share of the trusted samples that the same rule would have flagged."""
+
+
+def decide(
+    scores: npt.NDArray[np.float32],
+    class_id: npt.NDArray[np.int32],
+    trusted: npt.NDArray[np.bool_],
+    config: DecisionConfig,
+) -> Decision:
+    """Flag the samples that the settings call too suspicious.
+
+    With alpha: reject p <= alpha. With reject: the share of the corpus with the highest scores.
+
+    Args:
+        scores: (N,) float32, higher = more suspicious.
+        class_id: (N,) int32.
+        trusted: (N,) bool.
+        config: alpha or reject, and the per-class cap.
+    """
+    centred = centre_within_class(scores, class_id)
+    p_value = conformal_p_values(centred, trusted)
+    if config.alpha is not None:
+        scores = centred.astype(np.float32)
+        over = p_value <= config.alpha
+    else:
+        assert config.reject is not None
+        over = _highest(scores, ~trusted, round(config.reject * int((~trusted).sum())), trusted)
+    wanted = over & ~trusted
+    flagged = (
+        wanted if config.class_cap is None else _cap(wanted, scores, class_id, trusted, config.class_cap)
+    )
+    return Decision(
+        p_value=p_value,
+        flagged=flagged,
+        spared_by_cap=int(wanted.sum() - flagged.sum()),
+        score=scores,
+        threshold=float(scores[wanted].min()) if wanted.any() else None,
+        trusted_flagged_ratio=float(over[trusted].mean()),
+    )
+
+
+def conformal_p_values(
+    scores: npt.NDArray[np.floating], trusted: npt.NDArray[np.bool_]
+) -> npt.NDArray[np.float32]:
+    """p = (1 + trusted samples that score at least as high) / (trusted samples + 1).
+
+    All trusted samples are pooled, because a class seldom has enough of them for p-values of its own.
+
+    Args:
+        scores: (N,) higher = more suspicious; the trusted ones scored out of fold.
+        trusted: (N,) bool, at least one True.
+
+    Returns:
+        (N,) float32 in (0, 1]. Among clean samples that are exchangeable with the trusted ones, a share of
+        about alpha has p <= alpha. Nothing is promised about how much poison has.
+
+    Source: Vovk et al. 2005; Bates et al. 2023, arXiv 2104.08279.
+    """
+    calibration = np.sort(scores[trusted])
+    at_least = len(calibration) - np.searchsorted(calibration, scores, side="left")
+    # A trusted sample is compared with the others only: it counts as its own "1 +".
+    own = trusted.astype(np.int64)
+    return ((1 + at_least - own) / (len(calibration) + 1 - own)).astype(np.float32)
+
+
+def centre_within_class(
+    scores: npt.NDArray[np.float32], class_id: npt.NDArray[np.int32]
+) -> npt.NDArray[np.float64]:
+    """(N,) scores minus their class's lower quartile, so that no class is judged harder for being hard.
+
+    The lower quartile, because poison sits at the high end: in a class with a fifth of poison the median
+    would follow it. Dividing by a class's spread as well was tried and hides poison (docs/log.md).
+    """
+    values = scores.astype(np.float64)
+    order = np.argsort(class_id, kind="stable")
+    for rows in np.split(order, np.cumsum(np.bincount(class_id))[:-1]):
+        if len(rows):
+            values[rows] -= np.percentile(values[rows], 25)
+    return values
+
+
+def _highest(
+    scores: npt.NDArray[np.float32], eligible: npt.NDArray[np.bool_], count: int, also: npt.NDArray[np.bool_]
+) -> npt.NDArray[np.bool_]:
+    """The `count` eligible rows with the highest scores (ties: first come), and `also` rows over them."""
+    rows = np.flatnonzero(eligible)
+    chosen = rows[np.argsort(-scores[rows], kind="stable")[:count]]
+    over = np.zeros(len(scores), bool)
+    if count:
+        over[chosen] = True
+        over |= also & (scores >= scores[chosen].min())
+    return over
+
+
+def _cap(
+    wanted: npt.NDArray[np.bool_],
+    scores: npt.NDArray[np.float32],
+    class_id: npt.NDArray[np.int32],
+    trusted: npt.NDArray[np.bool_],
+    cap: float,
+) -> npt.NDArray[np.bool_]:
+    limits = np.floor(np.bincount(class_id[~trusted], minlength=class_id.max() + 1) * cap).astype(int)
+    rows = np.flatnonzero(wanted)
+    rows = rows[np.lexsort((-scores[rows], class_id[rows]))]
+    counts = np.bincount(class_id[rows], minlength=len(limits))
+    position = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+    flagged = np.zeros_like(wanted)
+    flagged[rows[position < limits[class_id[rows]]]] = True
+    return flagged
+
+
+def anomaly_scores(
+    scores: npt.NDArray[np.float32], trusted: npt.NDArray[np.bool_]
+) -> npt.NDArray[np.float32]:
+    """(N,) float32 in [0, 1]: the share of corpus samples that are at most as suspicious."""
+    pool = np.sort(scores[~trusted])
+    return (np.searchsorted(pool, scores, side="right") / len(pool)).astype(np.float32)
+
+
+_HIGH_WORDS = {
+    "early_log_loss": "learned later than",
+    "late_log_loss": "fits worse at the end than",
+    "loss_swing": "its loss jumps between epochs more than that of",
+}
+_LOW_WORDS = {
+    "early_log_loss": "learned earlier than",
+    "late_log_loss": "fits better at the end than",
+}
+
+
+def signals(trajectories: npt.NDArray[np.float32]) -> dict[str, npt.NDArray[np.float32]]:
+    """Plain summaries of a trajectory, each (N,) float32: what the reasons and decisions.parquet show.
+
+    early_log_loss and late_log_loss are the mean log loss over the first and the last third of the kept
+    epochs; loss_swing is the standard deviation of its change from epoch to epoch.
+    """
+    logs = log_losses(trajectories)
+    third = max(1, logs.shape[1] // 3)
+    return {
+        "early_log_loss": logs[:, :third].mean(axis=1),
+        "late_log_loss": logs[:, -third:].mean(axis=1),
+        "loss_swing": np.diff(logs, axis=1).std(axis=1),
+    }
+
+
+def reasons(inputs: ScoreInputs, rows: npt.NDArray[np.intp]) -> list[str]:
+    """A reason in words for each of `rows`: the trait in which it differs most from the trusted samples."""
+    summaries = signals(inputs.trajectories)
+    extremes = [_extremes(inputs, values, rows) for values in summaries.values()]
+    names = list(summaries)
+    above = np.stack([high for high, _, _ in extremes])
+    below = np.stack(
+        [low if name in _LOW_WORDS else low * 0 for name, (_, low, _) in zip(names, extremes, strict=True)]
+    )
+    of_class = extremes[0][2]
+    both = np.concatenate([above, below])
+    best = both.argmax(axis=0)
+    words = [_HIGH_WORDS[name] for name in names] + [_LOW_WORDS.get(name, "") for name in names]
+    return [
+        _sentence(words[which], both[which, column], own) if both[which, column] >= 0.8 else _NO_SINGLE_TRAIT
+        for column, (which, own) in enumerate(zip(best, of_class, strict=True))
+    ]
+
+
+_NO_SINGLE_TRAIT = "no single trait stands out: its trajectory as a whole is unlike the trusted ones"
+
+
+def _sentence(words: str, share: float, of_class: bool) -> str:
+    amount = "all" if share >= 1 else f"{int(share * 100)} % of"
+    whose = "trusted samples of its class" if of_class else "trusted samples (its class has too few)"
+    return f"{words} {amount} {whose}"
+
+
+def _extremes(
+    inputs: ScoreInputs, values: npt.NDArray[np.float32], rows: npt.NDArray[np.intp]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
+    """Per row: shares of trusted samples that lie below and above it, and whether they are its class's."""
+    trusted_values, trusted_class = values[inputs.trusted], inputs.class_id[inputs.trusted]
+    everyone = np.sort(trusted_values)
+    above, below = np.empty(len(rows)), np.empty(len(rows))
+    of_class = np.zeros(len(rows), bool)
+    for class_id in np.unique(inputs.class_id[rows]):
+        mine = inputs.class_id[rows] == class_id
+        own = np.sort(trusted_values[trusted_class == class_id])
+        enough = len(own) >= MIN_CLASS_TRUSTED
+        reference = own if enough else everyone
+        above[mine] = np.searchsorted(reference, values[rows[mine]], side="left") / len(reference)
+        below[mine] = 1 - np.searchsorted(reference, values[rows[mine]], side="right") / len(reference)
+        of_class[mine] = enough
+    return above, below, of_class

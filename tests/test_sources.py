@@ -1,0 +1,231 @@
+import gzip
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+import zstandard
+from builders import END_MARK, corpus, sample, shard, tar
+
+from sanitize.corpus import sources
+from sanitize.corpus.sources import (
+    Source,
+    Stored,
+    distinct_names,
+    each_shard,
+    expand,
+    file_sha256,
+    fingerprint,
+    open_tar,
+)
+from sanitize.errors import InputError, UsageError
+
+PLAIN = tar(*(sample(f"{i:03d}", seed=i) for i in range(30)))
+
+
+def names(spec: object, **options: bool) -> list[str]:
+    return [source.name for source in expand(str(spec), **options)]
+
+
+def read(source: Source, scratch: Path) -> tuple[bytes, Stored]:
+    stored = Stored()
+    with open_tar(source, scratch, stored) as buffer:
+        data = buffer[:]
+    assert list(scratch.iterdir()) == []  # nothing is left in scratch
+    return data, stored
+
+
+@pytest.fixture
+def scratch(tmp_path: Path) -> Path:
+    folder = tmp_path / "scratch"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return corpus(tmp_path / "corpus", samples=6, shards=3)
+
+
+def test_folder_glob_braces_and_joined(folder: Path) -> None:
+    everything = ["data-000.tar", "data-001.tar", "data-002.tar"]
+    (folder / "notes.txt").write_text("no shard")
+    assert names(folder) == everything
+    assert names(folder / "data-*.tar") == everything
+    assert names(folder / "data-{000..002}.tar") == everything
+    assert names(f"{folder}/data-002.tar::{folder}/data-00[01].tar") == [everything[2], *everything[:2]]
+    assert names(f"file://{folder}/data-001.tar") == everything[1:2]
+
+
+def test_endings_give_the_compression(tmp_path: Path) -> None:
+    for ending in (".tar", ".tar.gz", ".tar.zst", ".tgz"):
+        (tmp_path / f"a{ending}").write_bytes(b"")
+    assert [(s.name, s.compression) for s in expand(str(tmp_path))] == [
+        ("a.tar", ""),
+        ("a.tar.gz", "gz"),
+        ("a.tar.zst", "zst"),
+        ("a.tgz", "gz"),
+    ]
+
+
+def test_list_file_is_relative_to_its_folder(folder: Path) -> None:
+    (folder / "list.txt").write_text("# comment\n\ndata-001.tar\ndata-{000..000}.tar\n")
+    assert names(f"@{folder}/list.txt") == ["data-001.tar", "data-000.tar"]
+
+
+def test_braces_in_an_existing_name_are_literal(tmp_path: Path) -> None:
+    shard(tmp_path / "x{1..2}.tar", [])
+    assert names(tmp_path / "x{1..2}.tar") == ["x{1..2}.tar"]
+
+
+def test_same_base_name_in_two_folders(tmp_path: Path) -> None:
+    for name in ("x/0.tar", "y/z/0.tar", "x/1.tar"):
+        shard(tmp_path / name, [])
+    assert names(f"{tmp_path}/x::{tmp_path}/y/z") == ["x/0.tar", "1.tar", "y/z/0.tar"]
+
+
+def test_distinct_names(folder: Path, tmp_path: Path) -> None:
+    other = expand(str(corpus(tmp_path / "other", samples=8, shards=4)))
+    renamed = [s.name for s in distinct_names(other, expand(str(folder)))]
+    assert renamed == [*(f"trusted/data-00{i}.tar" for i in range(3)), "data-003.tar"]
+
+
+def test_memory_urls(folder: Path, scratch: Path) -> None:
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    for name in ("a.tar", "b.tar.gz"):
+        memory.pipe(f"/sanitize-test/{name}", gzip.compress(PLAIN) if name.endswith("gz") else PLAIN)
+    assert names("memory://sanitize-test/*.tar") == ["a.tar"]
+    found = expand("memory://sanitize-test/{a.tar,b.tar.gz}")
+    assert [s.name for s in found] == ["a.tar", "b.tar.gz"]
+    for source in found:
+        assert read(source, scratch)[0] == PLAIN
+        assert fingerprint(source)[0] == memory.size(source.url)
+    with pytest.raises(InputError, match="does not exist"):
+        expand("memory://sanitize-test/none.tar")
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("{0}/empty", "holds no shard"),
+        ("{0}/none.tar", "does not exist"),
+        ("{0}/*.tar.zst", "no file matches"),
+        ("{0}/notes.txt", "must end in"),
+        ("{0}/data-{{000..001.tar", "brace|exist"),
+        ("{0}/data-000.tar::{0}", "named twice"),
+        ("{0}/data-000.tar::", "empty shard name"),
+        ("@{0}/none.txt", "cannot read this list"),
+        ("@{0}/notes.txt", "list inside a list"),
+        ("x{{0..200000}}.tar", "more than 100,000"),
+        ("nothing://x/y.tar", "cannot be listed"),
+    ],
+)
+def test_errors_name_the_matter(folder: Path, spec: str, message: str) -> None:
+    (folder / "empty").mkdir()
+    (folder / "notes.txt").write_text("@other.txt")
+    with pytest.raises(InputError, match=message):
+        expand(spec.format(folder))
+
+
+def test_folder_of_folders_says_how(folder: Path) -> None:
+    with pytest.raises(InputError, match=r"subfolders do"):
+        expand(str(folder.parent))
+
+
+def test_link_to_a_named_shard_is_the_same_shard(folder: Path) -> None:
+    (folder / "link.tar").symlink_to(folder / "data-000.tar")
+    with pytest.raises(InputError, match="named twice"):
+        expand(str(folder))
+
+
+def test_pipe_needs_permission(folder: Path, scratch: Path) -> None:
+    spec = f"pipe:cat {folder}/data-000.tar"
+    with pytest.raises(UsageError, match="--allow-pipe"):
+        expand(spec)
+    (source,) = expand(spec, allow_pipe=True)
+    assert read(source, scratch)[0] == (folder / "data-000.tar").read_bytes()
+    assert fingerprint(source) == (0, 0)
+    (failing,) = expand("pipe:exit 3", allow_pipe=True)
+    with pytest.raises(InputError, match="status 3"):
+        read(failing, scratch)
+
+
+def store(path: Path, packed: bytes) -> Source:
+    path.write_bytes(packed)
+    return expand(str(path))[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "packed"),
+    [
+        ("a.tar", PLAIN),
+        ("a.tar.gz", gzip.compress(PLAIN)),
+        ("a.tar.gz", gzip.compress(PLAIN[:2000]) + gzip.compress(PLAIN[2000:])),
+        ("a.tar.gz", gzip.compress(PLAIN) + bytes(100)),
+        ("a.tar.zst", zstandard.compress(PLAIN)),
+        ("a.tar.zst", zstandard.compress(PLAIN[:2000]) + zstandard.compress(PLAIN[2000:])),
+    ],
+)
+def test_bytes_and_digest(tmp_path: Path, scratch: Path, name: str, packed: bytes) -> None:
+    source = store(tmp_path / name, packed)
+    data, stored = read(source, scratch)
+    assert data == PLAIN
+    assert stored == Stored(len(packed), hashlib.sha256(packed).hexdigest(), [])
+    assert file_sha256(source) == stored.sha256
+    assert fingerprint(source) == (len(packed), os.stat(source.url).st_mtime_ns)
+
+
+@pytest.mark.parametrize("name", ["a.tar.gz", "a.tar.zst"])
+@pytest.mark.parametrize("damage", ["cut", "flip", "garbage", "none at all"])
+def test_damaged_streams_keep_what_is_readable(tmp_path: Path, scratch: Path, name: str, damage: str) -> None:
+    noise = os.urandom(400_000)
+    checked = zstandard.ZstdCompressor(write_checksum=True)
+    packed = gzip.compress(noise) if name.endswith("gz") else checked.compress(noise)
+    middle = len(packed) // 2
+    packed = {
+        "cut": packed[:middle],
+        "flip": packed[:-20] + b"\xff" * 20,
+        "garbage": packed + b"garbage" * 9,
+        "none at all": b"",
+    }[damage]
+    data, stored = read(store(tmp_path / name, packed), scratch)
+    assert noise.startswith(data[:390_000])
+    assert len(data) >= {"cut": 100_000, "flip": 200_000, "garbage": 400_000, "none at all": 0}[damage]
+    assert len(stored.problems) == 1
+    assert "damaged" in stored.problems[0]
+    assert stored.raw_bytes == len(packed)
+    assert stored.sha256 == hashlib.sha256(packed).hexdigest()
+
+
+def test_empty_plain_shard(tmp_path: Path, scratch: Path) -> None:
+    assert read(store(tmp_path / "a.tar", b""), scratch)[0] == b""
+
+
+@pytest.mark.parametrize("name", ["a.tar.gz", "a.tar.zst"])
+def test_bomb(tmp_path: Path, scratch: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "FREE_BYTES", 1 << 20)
+    zeros = bytes(30 << 20)
+    packed = gzip.compress(zeros) if name.endswith("gz") else zstandard.compress(zeros)
+    with pytest.raises(InputError, match="bomb"):
+        read(store(tmp_path / name, packed), scratch)
+
+
+def test_compressed_under_a_wrong_name(tmp_path: Path, scratch: Path) -> None:
+    with pytest.raises(InputError, match=r"rename it"):
+        read(store(tmp_path / "a.tar", gzip.compress(PLAIN)), scratch)
+
+
+def test_vanished_shard(tmp_path: Path, scratch: Path) -> None:
+    source = store(tmp_path / "a.tar", END_MARK)
+    (tmp_path / "a.tar").unlink()
+    for use in (fingerprint, file_sha256, lambda s: read(s, scratch)):
+        with pytest.raises(InputError, match=r"a\.tar"):
+            use(source)
+
+
+def test_each_shard_keeps_order_in_any_number_of_processes() -> None:
+    jobs = [3, 1, 2]
+    assert list(each_shard(str, jobs, 1)) == list(each_shard(str, jobs, 2)) == ["3", "1", "2"]
+    assert list(each_shard(str, [], 2)) == []
