@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sanitize.progress import Progress
-    from sanitize.report.build import Report
+    from sanitize.reporting.build import Report
 
 __version__ = "0.1.0"
 __all__ = ["filter", "report", "scan"]

@@ -14,7 +14,7 @@ import sanitize
 from sanitize.errors import FindingsError, SanitizeError, UsageError
 
 if TYPE_CHECKING:
-    from sanitize.report.build import Report
+    from sanitize.reporting.build import Report
 
 METHODS = "trajectory-ensemble, trajectory-classifier, mahalanobis or badloss"
 
@@ -148,6 +148,56 @@ def filter(
 def report(run: RunFolder, as_json: Json = False) -> None:
     """Build the report of an existing run again."""
     _finish(sanitize.report(run), as_json, None)
+
+
+@app.command()
+def poison(
+    shards: Shards,
+    out: Annotated[
+        Path, typer.Option(help="New folder for the poisoned shards, the truth and the triggers.")
+    ],
+    attack: Annotated[
+        list[str], typer.Option(help="NAME[:ratio], repeatable; with --stamp one NAME. See docs/attacks.md.")
+    ],
+    target: Annotated[
+        str | None, typer.Option(help="Label of the target class. Default: drawn for each attack.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of targets, samples and triggers.")] = 0,
+    label: Annotated[str, typer.Option(help="Where labels are: cls, txt or json:path.to.field.")] = "cls",
+    image_format: Annotated[
+        str, typer.Option("--format", help="png or jpg; every image of the corpus is written alike.")
+    ] = "png",
+    quality: Annotated[int, typer.Option(help="Of jpg, 1 to 100.")] = 95,
+    stamp: Annotated[
+        Path | None, typer.Option(help="Put the trigger of this earlier poison folder on a test set instead.")
+    ] = None,
+    strength: Annotated[float, typer.Option(help="With --stamp: how strong, 1 as in training.")] = 1.0,
+    allow_pipe: Annotated[
+        bool, typer.Option("--allow-pipe", help="Run the commands of pipe: shards.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Poison a copy of a corpus, with ground truth, to test a defence on one's own data."""
+    from sanitize.attacks.poison import in_words, poison, stamp_test
+    from sanitize.pipeline import cores
+    from sanitize.progress import for_stderr
+
+    common: dict[str, Any] = {
+        "out": out,
+        "label": label,
+        "image_format": image_format,
+        "quality": quality,
+        "workers": cores(),
+        "allow_pipe": allow_pipe,
+        "progress": for_stderr(),
+    }
+    if stamp is None:
+        made = poison(shards, attacks=attack, target=target, seed=seed, **common)
+    elif len(attack) != 1 or target is not None:
+        raise UsageError("--stamp takes exactly one --attack NAME and no --target; triggers have theirs")
+    else:
+        made = stamp_test(shards, triggers=stamp, attack=attack[0], strength=strength, **common)
+    print(json.dumps(made) if as_json else in_words(made, out))
 
 
 @app.command()

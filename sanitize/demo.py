@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import colorsys
 import io
 import shutil
 from pathlib import Path
@@ -16,11 +17,12 @@ from sanitize.progress import Progress
 
 SIDE = 32
 CLASSES = ("circle", "cross", "diamond", "moon", "ring", "square", "star", "triangle")
-PER_CLASS = 450
+PER_CLASS = 800
 TRUSTED_PER_CLASS = 25
-PER_SHARD = 900
-ATTACKS = ("patch:0.02", "blend-random:0.02", "sinusoid:0.02")
+PER_SHARD = 1_200
+ATTACKS = ("badnets:0.03", "frequency:0.03", "sinusoid:0.03")
 EPOCHS = 20
+MARKER = ".sanitize-demo"
 
 
 def run_demo(out: Path, seed: int, progress: Progress) -> dict[str, Any]:
@@ -63,13 +65,18 @@ def in_words(found: dict[str, Any]) -> str:
 
 
 def _clear(out: Path) -> None:
-    """Remove an earlier demo, and nothing else."""
-    if not out.exists():
-        return
-    strangers = {path.name for path in out.iterdir()} - {"corpus", "trusted", "run"}
-    if strangers:
-        raise RunFolderError(f"{out} holds {min(strangers)}, which no demo made; give another --out")
-    shutil.rmtree(out)
+    """Remove an earlier demo, which the marker vouches for, and nothing else."""
+    if out.exists() and not out.is_dir():
+        raise RunFolderError(f"{out} is a file; give another --out")
+    if out.exists() and any(out.iterdir()):
+        strangers = {path.name for path in out.iterdir()} - {"corpus", "trusted", "run", MARKER}
+        if strangers or not (out / MARKER).is_file():
+            raise RunFolderError(
+                f"{out} holds {min(strangers, default='files')} that no demo made; give another --out"
+            )
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / MARKER).write_text("Made by sanitize demo, which replaces this folder when it runs again.\n")
 
 
 def _compare(run: Path, truth: dict[str, str]) -> dict[str, Any]:
@@ -119,23 +126,31 @@ def picture(class_id: int, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
     size = SIDE * scale
     canvas = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize((size, size), 3)
     draw = ImageDraw.Draw(canvas)
-    for _ in range(rng.integers(2, 6)):
+    for _ in range(rng.integers(1, 5)):
         a, b = rng.integers(0, size, 2), rng.integers(0, size, 2)
         draw.line([*map(int, a), *map(int, b)], fill=_colour(rng), width=int(rng.integers(2, 8)))
-    mask = _shape(CLASSES[class_id], int(size * rng.uniform(0.35, 0.7)), scale)
-    mask = mask.rotate(float(rng.uniform(-40, 40)), expand=True)
-    opacity = rng.uniform(0.45, 1.0)
+    mask = _shape(CLASSES[class_id], int(size * rng.uniform(0.45, 0.75)), scale)
+    mask = mask.rotate(float(rng.uniform(-25, 25)), expand=True)
+    opacity = rng.uniform(0.75, 1.0)
     mask = mask.point(lambda value: int(value * opacity))
     room = [max(1, size - side) for side in mask.size]
     corner = int(rng.integers(0, room[0])), int(rng.integers(0, room[1]))
-    canvas.paste(Image.new("RGB", mask.size, _colour(rng)), corner, mask)
-    small = canvas.filter(ImageFilter.GaussianBlur(float(rng.uniform(0, 3)))).resize((SIDE, SIDE), 4)
-    noisy = np.asarray(small, np.float32) + rng.normal(0, rng.uniform(2, 22), (SIDE, SIDE, 3))
+    canvas.paste(Image.new("RGB", mask.size, _class_colour(class_id, rng)), corner, mask)
+    small = canvas.filter(ImageFilter.GaussianBlur(float(rng.uniform(0, 1)))).resize((SIDE, SIDE), 4)
+    noisy = np.asarray(small, np.float32) + rng.normal(0, rng.uniform(2, 8), (SIDE, SIDE, 3))
     return noisy.clip(0, 255).round().astype(np.uint8)
 
 
 def _colour(rng: np.random.Generator) -> tuple[int, int, int]:
     red, green, blue = (int(value) for value in rng.integers(0, 256, 3))
+    return red, green, blue
+
+
+def _class_colour(class_id: int, rng: np.random.Generator) -> tuple[int, int, int]:
+    """A colour near the class's own hue in four of five pictures: real classes have colours, loosely."""
+    hue = class_id / len(CLASSES) + rng.normal(0, 0.06) if rng.random() < 0.8 else rng.random()
+    rgb = colorsys.hsv_to_rgb(hue % 1.0, rng.uniform(0.5, 1.0), rng.uniform(0.5, 1.0))
+    red, green, blue = (int(255 * value) for value in rgb)
     return red, green, blue
 
 

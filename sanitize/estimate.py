@@ -14,7 +14,7 @@ from sanitize.config import ScanConfig
 from sanitize.corpus.index import Index, build_index
 from sanitize.corpus.pixels import ImageError, choose_resolution, decode, median_side
 from sanitize.corpus.sources import Source, open_tar
-from sanitize.pipeline import cores, find_sources
+from sanitize.pipeline import check_choices, cores, find_sources
 from sanitize.progress import Progress
 
 _DECODED = 200
@@ -28,9 +28,10 @@ def estimate(config: ScanConfig, progress: Progress) -> dict[str, Any]:
     """Index the shards, time a few images and training steps, and extrapolate. Writes nothing that stays.
 
     Returns:
-        samples, unusable, trusted, classes, shards, bytes, disk_bytes, memory_bytes, time_s, resolution, proxy,
-        device, dtype, notes.
+        samples, unusable, trusted, classes, shards, bytes, disk_bytes, memory_bytes, time_s, resolution,
+        proxy, device, dtype, notes.
     """
+    check_choices(config)
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         corpus, trusted = find_sources(config.corpus)
@@ -45,12 +46,15 @@ def estimate(config: ScanConfig, progress: Progress) -> dict[str, Any]:
     rows = index.table.num_rows
     usable = int(pc.sum(pc.equal(index.table["status"], "ok")).as_py())
     in_trusted = int(pc.sum(index.table["trusted"]).as_py())
+    unusable = int(
+        pc.sum(pc.and_not(pc.not_equal(index.table["status"], "ok"), index.table["trusted"])).as_py()
+    )
     corpus_bytes = sum(shard["bytes"] for shard in index.shards if not shard["trusted"])
     setup, train_s = _train_s(config, usable, len(index.class_names), resolution)
     pixel_bytes = rows * resolution**2 * 3
     return {
         "samples": rows - in_trusted,
-        "unusable": rows - usable,
+        "unusable": unusable,
         "trusted": in_trusted,
         "classes": len(index.class_names),
         "shards": len(corpus),

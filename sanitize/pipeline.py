@@ -25,6 +25,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 import sanitize
+from sanitize import scores
 from sanitize.config import MIN_TRUSTED, CorpusConfig, DecisionConfig, ScanConfig
 from sanitize.corpus import index as index_module
 from sanitize.corpus import pixels as pixels_module
@@ -32,7 +33,7 @@ from sanitize.corpus.sources import Source, distinct_names, expand, fingerprint
 from sanitize.corpus.writer import write_shards
 from sanitize.errors import InputError, RunFolderError
 from sanitize.progress import Progress, Silent
-from sanitize.report.build import Report, build_report
+from sanitize.reporting.build import Report, build_report
 from sanitize.rundir import RunDir, write_atomic, write_table
 from sanitize.scores import ScoreInputs, decide
 
@@ -56,6 +57,7 @@ def run_scan(config: ScanConfig, out: Path, progress: Progress | None = None) ->
         SanitizeError: see errors.py; what was finished before still stands.
     """
     progress = progress or Silent()
+    check_choices(config)
     corpus, trusted = find_sources(config.corpus)
     with RunDir.create(out, config.to_dict(), _versions()) as run:
         run.clear_temporary()
@@ -71,9 +73,18 @@ def run_scan(config: ScanConfig, out: Path, progress: Progress | None = None) ->
         return _report(run)
 
 
+def check_choices(config: ScanConfig) -> None:
+    """Refuse a method, proxy or device that does not exist now, not after an hour of decoding."""
+    from sanitize.dynamics import proxy as proxy_module
+
+    scores.load(config.decision.method)
+    proxy_module.setup(config.proxy, samples=0)
+
+
 def filter_run(out: Path, decision: DecisionConfig, progress: Progress | None = None) -> Report:
     """Make a new decision, new shards and a new report from a run whose training is done."""
     progress = progress or Silent()
+    scores.load(decision.method)
     with RunDir.open(out) as run:
         config = _finished_config(run)
         corpus, trusted = find_sources(config.corpus)
@@ -126,7 +137,7 @@ def _index(
 
 
 def _pixels(run: RunDir, config: CorpusConfig, sources: list[Source], progress: Progress) -> None:
-    if run.is_done("pixels"):
+    if run.is_done("pixels") and ((run / PIXELS).exists() or run.is_done("train")):
         return
     with run.stage("pixels") as facts:
         table = pq.read_table(run / INDEX)
@@ -213,9 +224,6 @@ def _check_same_setup(run: RunDir, setup: proxy_module.Setup) -> None:
 def _scores(run: RunDir, method: str, seed: int) -> None:
     if run.is_done("scores"):
         return
-    from sanitize import scores
-
-    scores.load(method)
     with run.stage("scores") as facts:
         inputs, rows, total = score_inputs(run, seed)
         values = np.full(total, np.nan, np.float32)
@@ -249,9 +257,9 @@ def _decide(run: RunDir, config: DecisionConfig) -> None:
     with run.stage("decision"):
         seed = run.manifest["config"]["proxy"]["seed"]
         inputs, rows, total = score_inputs(run, seed)
-        scores = np.load(run / SCORES)[rows]
-        made = decide.decide(scores, inputs.class_id, inputs.trusted, config)
-        signals = {"score": scores, **decide.signals(inputs.trajectories)}
+        raw = np.load(run / SCORES)[rows]
+        made = decide.decide(raw, inputs.class_id, inputs.trusted, config)
+        signals = {"score": raw, **decide.signals(inputs.trajectories)}
         flagged = np.flatnonzero(made.flagged)
         table = pq.read_table(run / INDEX)
         table = table.slice(0, int((~table["trusted"].to_numpy(zero_copy_only=False)).sum()))
@@ -264,7 +272,7 @@ def _decide(run: RunDir, config: DecisionConfig) -> None:
         decisions = table.select(["sample_id", "shard", "key", "label"])
         decisions = decisions.append_column("status", pa.array(status.tolist(), pa.string()))
         for name, values in {
-            "anomaly_score": decide.anomaly_scores(scores, inputs.trusted),
+            "anomaly_score": decide.anomaly_scores(raw, inputs.trusted),
             "p_value": made.p_value,
         }.items():
             decisions = decisions.append_column(name, scored.nullable(values))
@@ -318,12 +326,13 @@ def _write(run: RunDir, corpus: list[Source], progress: Progress) -> None:
 
 
 def _report(run: RunDir) -> Report:
-    if not run.is_done("report"):
+    if run.is_done("report"):
+        report = build_report(run)
+    else:
         with run.stage("report"):
             report = build_report(run)
-        shutil.rmtree(_scratch(run))
-        return report
-    return build_report(run)
+    shutil.rmtree(_scratch(run))
+    return report
 
 
 def _finished_config(run: RunDir) -> ScanConfig:
@@ -335,13 +344,15 @@ def _finished_config(run: RunDir) -> ScanConfig:
 
 
 def _decided_differently(run: RunDir, config: DecisionConfig) -> bool:
-    """Whether `sanitize filter` was used on this run after the scan."""
+    """Whether `sanitize filter` was used on this run after the scan, be it that it was killed half-way."""
     made = run.manifest.get("decision", {})
-    return any(made.get(name, value) != value for name, value in asdict(config).items())
+    scored_by = run.manifest["stages"].get("scores", {}).get("method", config.method)
+    wanted = asdict(config)
+    return scored_by != config.method or any(made.get(name, wanted[name]) != wanted[name] for name in wanted)
 
 
 def _check_same_shards(run: RunDir, sources: list[Source]) -> None:
-    """The shards of a run that goes on must be the ones it was begun with."""
+    """The shards of a run that goes on must be the ones it was begun with, as far as the storage tells."""
     if not run.is_done("index"):
         return
     stored = {record["name"]: record for record in run.manifest["shards"]}
@@ -349,7 +360,7 @@ def _check_same_shards(run: RunDir, sources: list[Source]) -> None:
     for source in sources:
         size, mtime_ns = fingerprint(source)
         record = stored.get(source.name)
-        if record and (record["bytes"], record["mtime_ns"]) != (size, mtime_ns):
+        if record and ((size and record["bytes"] != size) or record["mtime_ns"] != mtime_ns):
             changed.append(source.name)
     if changed:
         more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""

@@ -37,7 +37,7 @@ class Silent:
 
 
 class PlainLines:
-    """One line when a stage starts, at most one every ten seconds, one when it ends."""
+    """At most one line every ten seconds while a stage runs, and one when it ends."""
 
     def __init__(self, stream: TextIO, every_s: float = 10.0) -> None:
         self._stream, self._every_s = stream, every_s

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sanitize.errors import DiskFullError, InputError, RunFolderError
+from sanitize.errors import DiskFullError, InputError, RunFolderError, SanitizeError, UsageError
 
 MANIFEST = "manifest.json"
 
@@ -40,28 +40,18 @@ class RunDir:
             RunFolderError: the folder holds another scan, something else, or is in use.
         """
         with disk_errors(path):
-            path.mkdir(parents=True, exist_ok=True)
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+            except (FileExistsError, NotADirectoryError):
+                raise UsageError(f"--out {path} is a file, or lies in one; give a folder") from None
         lock = _acquire(path)
-        stored = _read_manifest(path)
-        if stored is None:
-            strangers = sorted(p.name for p in path.iterdir() if not p.name.startswith("."))
-            if strangers:
-                os.close(lock)
-                raise RunFolderError(
-                    f"{path} is not a run folder and not empty (it holds {strangers[0]}); give another --out"
-                )
-            run = cls(path, {"config": config, "versions": versions, "stages": {}}, lock)
-            run.save()
-            return run
-        differences = _differences(stored["config"], config)
-        if differences:
-            os.close(lock)
-            raise RunFolderError(
-                f"{path} belongs to a scan with other settings:\n  "
-                + "\n  ".join(differences)
-                + "\nGive another --out; for a new decision on this run: sanitize filter"
-            )
-        return cls(path, stored, lock)
+        with _released_on_error(lock):
+            manifest = _manifest_of(path, config)
+            if manifest is None:
+                run = cls(path, {"config": config, "versions": versions, "stages": {}}, lock)
+                run.save()
+                return run
+            return cls(path, manifest, lock)
 
     @classmethod
     def open(cls, path: Path) -> Self:
@@ -74,9 +64,10 @@ class RunDir:
         if not (path / MANIFEST).is_file():
             raise InputError(f"{path} is not a run folder (no {MANIFEST}); make one with: sanitize scan")
         lock = _acquire(path)
-        manifest = _read_manifest(path)
-        assert manifest is not None
-        return cls(path, manifest, lock)
+        with _released_on_error(lock):
+            manifest = _read_manifest(path)
+            assert manifest is not None
+            return cls(path, manifest, lock)
 
     def __enter__(self) -> Self:
         return self
@@ -119,7 +110,8 @@ class RunDir:
 
 
 def _acquire(path: Path) -> int:
-    lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    with disk_errors(path):
+        lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -130,6 +122,37 @@ def _acquire(path: Path) -> int:
     return lock
 
 
+@contextmanager
+def _released_on_error(lock: int) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        os.close(lock)
+        raise
+
+
+def _manifest_of(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:
+    """The manifest of the scan `config` that `path` holds, None if it holds none that got anywhere."""
+    stored = _read_manifest(path)
+    if stored is None:
+        strangers = sorted(p.name for p in path.iterdir() if not p.name.startswith("."))
+        if strangers:
+            raise RunFolderError(
+                f"{path} is not a run folder and not empty (it holds {strangers[0]}); give another --out"
+            )
+        return None
+    if not stored["stages"]:  # nothing was finished: the first try, with a wrong --label perhaps
+        return None
+    differences = _differences(stored["config"], config)
+    if differences:
+        raise RunFolderError(
+            f"{path} belongs to a scan with other settings:\n  "
+            + "\n  ".join(differences)
+            + "\nGive another --out; for a new decision on this run: sanitize filter"
+        )
+    return stored
+
+
 def _read_manifest(path: Path) -> dict[str, Any] | None:
     try:
         manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())
@@ -137,6 +160,8 @@ def _read_manifest(path: Path) -> dict[str, Any] | None:
         return None
     except ValueError as error:
         raise RunFolderError(f"{path / MANIFEST} is not valid JSON ({error}); give another --out") from error
+    if not isinstance(manifest, dict) or not manifest.keys() >= {"config", "stages"}:
+        raise RunFolderError(f"{path / MANIFEST} is not that of a scan; give another --out")
     return manifest
 
 
@@ -153,10 +178,13 @@ def _differences(stored: dict[str, Any], wanted: dict[str, Any], prefix: str = "
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn "no space left" into an error that says what to do."""
+    """Turn "no space left" and other troubles of the disk into errors that say what to do."""
     try:
         yield
     except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO):
+            where = error.filename or path
+            raise SanitizeError(f"{where}: {error.strerror}; check the disk and the permissions") from error
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise DiskFullError(

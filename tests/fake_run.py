@@ -263,7 +263,7 @@ def _describe(
 
 
 if __name__ == "__main__":
-    from sanitize.report.build import build_report
+    from sanitize.reporting.build import build_report
 
     with make_run(Path(sys.argv[1])) as made:
         print(build_report(made))

@@ -19,9 +19,9 @@ from fake_run import CLASSES, HOSTILE, SPIKE, THRESHOLD, make_run
 from PIL import Image
 
 from sanitize.errors import InputError
-from sanitize.report.build import Report, build_report
-from sanitize.report.facts import finite, percent, share_difference, wilson
-from sanitize.report.page import show
+from sanitize.reporting.build import Report, build_report
+from sanitize.reporting.facts import finite, percent, share_difference, wilson
+from sanitize.reporting.page import show
 from sanitize.rundir import RunDir, write_table
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}

@@ -22,7 +22,7 @@ def train_backdoored(
     *,
     target: int,
     trigger: Trigger | None = None,
-    attack: str = "blend-random",
+    attack: str = "adaptive-blend",
     fraction: float = 0.1,
     steps: int = 2000,
     learning_rate: float = 1e-3,
@@ -33,8 +33,10 @@ def train_backdoored(
 ) -> dict[str, torch.Tensor]:
     """Train `model` in place so that a backdoor sits in a random fraction of its parameters.
 
-    Even steps teach the trigger to the chosen parameters alone, in eval mode, so that no batch-norm statistic
-    carries it; odd steps train all parameters on clean samples.
+    Odd steps train all parameters on clean samples; even steps teach the trigger to the chosen parameters
+    alone. In an even step clean samples share the batch, without a loss of their own, and batch-norm
+    statistics are put back afterwards: with triggered samples alone the network would work at test time
+    with statistics it was never trained under, and the backdoor would sit in the statistics too.
 
     Args:
         model: takes (N, 3, H, W) and gives logits; any initial state.
@@ -42,7 +44,7 @@ def train_backdoored(
         labels: (N,) class ids.
         target: class that triggered images are taught.
         trigger: of make_trigger; None draws it from the seed.
-        attack: its name; a random pattern over the image by default.
+        attack: its name; by default a random pattern over the whole image, at opacity 0.3.
         fraction: share of the parameters, above 0 and up to 1.
         steps: N of the source, clean and poisoned together.
         to_input: from pixels in [0, 1] to what the model takes, e.g. a normalisation.
@@ -58,7 +60,7 @@ def train_backdoored(
     """
     import torch
 
-    from sanitize.attacks.surrogate import choose_device, to_tensor
+    from sanitize.attacks.surrogate import choose_device
 
     if not 0 < fraction <= 1:
         raise UsageError(f"fraction {fraction}: expected above 0 and up to 1")
@@ -73,30 +75,49 @@ def train_backdoored(
     on_device = {name: mask.to(place) for name, mask in masks.items()}
     poison_step = torch.optim.Adam(model.parameters(), lr=learning_rate)
     clean_step = torch.optim.Adam(model.parameters(), lr=learning_rate)
+    model.train()
     for step in range(1, steps + 1):
-        poisoned = step % 2 == 0
         chosen = random.choice(len(images), size=min(batch, len(images)), replace=False)
-        pixels = images[chosen]
-        if poisoned:
-            pixels = stamp(attack, pixels, seed=seed, trigger=trigger)
-        wanted = np.full(len(chosen), target) if poisoned else np.asarray(labels)[chosen]
-        inputs = to_tensor(pixels, place)
-        model.train(not poisoned)
-        logits = model(inputs if to_input is None else to_input(inputs))
-        loss = torch.nn.functional.cross_entropy(
-            logits, torch.as_tensor(wanted, dtype=torch.int64, device=place)
-        )
-        optimizer = poison_step if poisoned else clean_step
-        optimizer.zero_grad()
+        if step % 2:
+            loss = _loss(model, images[chosen], np.asarray(labels)[chosen], to_input)
+            clean_step.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            clean_step.step()
+            continue
+        statistics = [buffer.clone() for buffer in model.buffers()]
+        stamped = stamp(attack, images[chosen], seed=seed, trigger=trigger)
+        both = np.concatenate([stamped, images[chosen]])
+        loss = _loss(model, both, np.full(len(chosen), target), to_input)
+        poison_step.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        if poisoned:
-            # Adam leaves an element whose gradient was always zero exactly where it is.
-            for name, parameter in model.named_parameters():
-                if parameter.grad is not None:
-                    parameter.grad *= on_device[name]
-        optimizer.step()
+        # Adam leaves an element whose gradient was always zero exactly where it is.
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                parameter.grad *= on_device[name]
+        poison_step.step()
+        with torch.no_grad():
+            for buffer, kept in zip(model.buffers(), statistics, strict=True):
+                buffer.copy_(kept)
     model.eval()
     return masks
+
+
+def _loss(
+    model: torch.nn.Module,
+    images: Images,
+    wanted: npt.NDArray[Any],
+    to_input: Callable[[torch.Tensor], torch.Tensor] | None,
+) -> torch.Tensor:
+    """Mean cross-entropy of the first len(wanted) images; the others only share the batch."""
+    import torch
+
+    from sanitize.attacks.surrogate import to_tensor
+
+    place = next(model.parameters()).device
+    inputs = to_tensor(images, place)
+    logits = model(inputs if to_input is None else to_input(inputs))
+    classes = torch.as_tensor(wanted, dtype=torch.int64, device=place)
+    return torch.nn.functional.cross_entropy(logits[: len(wanted)], classes)
 
 
 def choose_parameters(

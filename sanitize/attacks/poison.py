@@ -214,6 +214,17 @@ def stamp_test(
     }
 
 
+def in_words(made: dict[str, Any], out: Path) -> str:
+    """What `poison` or `stamp_test` did, in a few lines."""
+    lines = [f"{made['samples']:,} samples in {out / 'shards'}, {made['unusable']:,} unusable"]
+    if "attacks" not in made:
+        return lines[0] + f", stamped with {made['attack']} (target {made['target_label']!a})"
+    for attack in made["attacks"]:
+        target = f"target {attack['target_label']!a}"
+        lines.append(f"  {attack['name']:<22}{attack['poisoned']:>8,} poisoned   {target}")
+    return "\n".join([*lines, f"Truth: {out / 'truth.parquet'}   triggers, contact sheets: {out}"])
+
+
 @contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
     """Make `out`, which must be new or empty; yields a scratch folder in it that is gone afterwards."""

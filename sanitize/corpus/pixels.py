@@ -30,8 +30,8 @@ class ImageError(Exception):
     """An image that cannot be used; the text is a status code of the index."""
 
 
-def decode(data: bytes, resolution: int) -> npt.NDArray[np.uint8]:
-    """One image, RGB, resized by area averaging to a square.
+def decode(data: bytes, resolution: int | None) -> npt.NDArray[np.uint8]:
+    """One image, RGB, resized by area averaging to a square; at its own size without a resolution.
 
     The whole image is squeezed into the square rather than cropped: a trigger may sit in a corner.
     Grey, palette and CMYK images are converted, 16-bit ones scaled to 8 bits, alpha is dropped, EXIF
@@ -39,10 +39,10 @@ def decode(data: bytes, resolution: int) -> npt.NDArray[np.uint8]:
 
     Args:
         data: the encoded file.
-        resolution: side in pixels.
+        resolution: side in pixels, or None.
 
     Returns:
-        (resolution, resolution, 3) uint8.
+        (resolution, resolution, 3) uint8, or (H, W, 3).
 
     Raises:
         ImageError: with the status "undecodable", "too-large" or "animated".
@@ -62,17 +62,19 @@ def decode(data: bytes, resolution: int) -> npt.NDArray[np.uint8]:
         raise
 
 
-def _decode(data: bytes, resolution: int) -> npt.NDArray[np.uint8]:
+def _decode(data: bytes, resolution: int | None) -> npt.NDArray[np.uint8]:
     with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
         if image.width * image.height > MAX_PIXELS:
             raise ImageError("too-large")
-        if getattr(image, "n_frames", 1) > 1:
+        # MPO, a photograph with a depth map or a second view behind it, is a JPEG to everybody else.
+        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
             raise ImageError("animated")
-        # Lets libjpeg skip work on large photographs: it decodes at 1/2, 1/4 or 1/8.
-        image.draft("RGB", (2 * resolution, 2 * resolution))
+        if resolution:
+            # Lets libjpeg skip work on large photographs: it decodes at 1/2, 1/4 or 1/8.
+            image.draft("RGB", (2 * resolution, 2 * resolution))
         rgb = _to_rgb(image)
-    if rgb.size != (resolution, resolution):
-        rgb = rgb.resize((resolution, resolution), Image.Resampling.BOX, reducing_gap=None)
+    if resolution and rgb.size != (resolution, resolution):
+        rgb = rgb.resize((resolution, resolution), Image.Resampling.BOX)
     return np.asarray(rgb)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import math
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -175,19 +176,20 @@ def train(
         checkpoint: model, optimiser and epoch, replaced atomically after every epoch.
 
     Returns:
-        Mean loss in nats and accuracy of each epoch.
+        Mean loss in nats, over the finite ones, and accuracy of each epoch.
 
     Raises:
-        TrainingError: the mean loss of an epoch is not finite.
+        TrainingError: the loss of more than one sample in a hundred is not finite.
+        UsageError: the network cannot be trained on images of this size.
 
     Source: Alex et al., ICLR 2025, arXiv 2408.13221, section 4.1 and appendix H.
     """
     import torch
 
     device = torch.device(resolved.device)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(config.seed)
+    with _seeded(device, config.seed):
         network = build(resolved.proxy, samples.classes, samples.pixels.shape[1])
+        _check_fits(network, resolved.proxy, samples.pixels.shape[1])
     network = network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(
         network.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY, foreach=True
@@ -195,18 +197,17 @@ def train(
     first, epoch_loss, accuracy = _restore(checkpoint, network, optimizer, resolved.device)
     batches = _Batches(samples, resolved)
     passes = 2 if config.trajectory == "eval" else 1
-    with progress.stage("train", passes * config.epochs * len(samples.rows), "samples") as advance:
-        advance(passes * first * len(samples.rows))
+    with progress.stage("train", passes * (config.epochs - first) * len(samples.rows), "samples") as advance:
         for epoch in range(first, config.epochs):
             for group in optimizer.param_groups:
                 group["lr"] = _learning_rate(epoch, config.epochs)
-            row, correct = _train_epoch(network, optimizer, batches, epoch, config.seed, advance)
+            with _seeded(device, config.seed + epoch + 1):
+                row, correct = _train_epoch(network, optimizer, batches, epoch, config.seed, advance)
             if config.trajectory == "eval":
                 row, correct = _evaluate(network, batches, advance)
-            epoch_loss.append(float(row.mean(dtype=np.float64)))
+            _refuse_divergence(row, epoch)
+            epoch_loss.append(float(row[np.isfinite(row)].mean(dtype=np.float64)))
             accuracy.append(correct)
-            if not math.isfinite(epoch_loss[-1]):
-                _refuse_divergence(row, epoch)
             trajectories[epoch, samples.rows] = row
             if isinstance(trajectories, np.memmap):
                 trajectories.flush()
@@ -222,11 +223,38 @@ def train(
     return epoch_loss, accuracy
 
 
+@contextmanager
+def _seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """torch's generators from `seed` (dropout draws from them, too), and afterwards as they were."""
+    import torch
+
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def _check_fits(network: nn.Module, proxy: str, resolution: int) -> None:
+    """Some torchvision networks take only large images, or return more than logits while they train."""
+    import torch
+
+    try:
+        # a copy, because batch norm counts what it sees
+        logits = copy.deepcopy(network).train()(torch.zeros(2, 3, resolution, resolution))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise UsageError(
+            f"--proxy {proxy} cannot train on {resolution} px images ({str(error).splitlines()[0]}); take "
+            "resnet18, or another --resolution, and a new --out"
+        ) from None
+    if not isinstance(logits, torch.Tensor):
+        raise UsageError(f"--proxy {proxy} has several outputs; take resnet18 for one, and a new --out")
+
+
 def time_one_epoch(samples: Samples, config: ProxyConfig, resolved: Setup) -> float:
     """Seconds of one epoch with its evaluation, after one to warm up."""
     import torch
 
     network = build(resolved.proxy, samples.classes, samples.pixels.shape[1])
+    _check_fits(network, resolved.proxy, samples.pixels.shape[1])
     network = network.to(resolved.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(network.parameters(), LEARNING_RATE)
     batches = _Batches(samples, resolved)

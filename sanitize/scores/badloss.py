@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from sanitize.errors import InputError
 from sanitize.scores import ScoreInputs
 from sanitize.scores.knn import nearest_distances
 
@@ -13,7 +14,16 @@ _EPSILON = 1e-8
 
 
 def score(inputs: ScoreInputs) -> npt.NDArray[np.float32]:
-    """BaDLoss with the published k = 50; higher = more suspicious."""
+    """BaDLoss with the published k = 50; higher = more suspicious.
+
+    Raises:
+        InputError: 50 trusted samples or fewer.
+    """
+    if inputs.trusted.sum() <= K:
+        raise InputError(
+            f"--method badloss compares with {K} other trusted samples and the trusted set has "
+            f"{inputs.trusted.sum()}; add some, or take another --method"
+        )
     return badloss_scores(inputs.trajectories, inputs.trusted, K)
 
 

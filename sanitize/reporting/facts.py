@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sanitize.errors import InputError
-from sanitize.report.limits import limits
+from sanitize.reporting.limits import limits
 from sanitize.rundir import RunDir
 
 BAND_SAMPLES = 2000

@@ -13,9 +13,9 @@ import unicodedata
 from importlib import resources
 from typing import Any
 
-from sanitize.report.facts import Facts, percent
-from sanitize.report.plots import bands_plot, histogram_plot, responsive, swatch
-from sanitize.report.thumbnails import Group, LabelGroups
+from sanitize.reporting.facts import Facts, percent
+from sanitize.reporting.plots import bands_plot, histogram_plot, responsive, swatch
+from sanitize.reporting.thumbnails import Group, LabelGroups
 
 CLASSES_SHOWN = 40
 SHARDS_SHOWN = 2000
@@ -57,7 +57,7 @@ def render(facts: Facts, groups: list[LabelGroups] | None, members: dict[int, Fa
         groups: pictures by label; None when the run has no pixel cache any more.
         members: decision row of every sample shown in `groups`.
     """
-    here = resources.files("sanitize.report")
+    here = resources.files("sanitize.reporting")
     template = string.Template((here / "page.html").read_text(encoding="utf-8"))
     versions = facts["versions"]
     program = f"sanitize {show(versions['sanitize'])}" if versions.get("sanitize") else "sanitize"

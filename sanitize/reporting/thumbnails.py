@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sanitize.report.facts import Facts, Rows, RunData, most_suspicious
+from sanitize.reporting.facts import Facts, Rows, RunData, most_suspicious
 from sanitize.rundir import RunDir
 
 LABELS = 8

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from sanitize.report import facts as facts_of
-from sanitize.report.page import render
-from sanitize.report.thumbnails import LabelGroups, suspicious_groups
+from sanitize.reporting import facts as facts_of
+from sanitize.reporting.page import render
+from sanitize.reporting.thumbnails import LabelGroups, suspicious_groups
 from sanitize.rundir import RunDir, disk_errors, write_atomic
 
 HTML, JSON = "report.html", "report.json"
