@@ -41,7 +41,10 @@ def test_the_api_has_the_names_and_defaults_of_the_commands(shards: Shards) -> N
             if name == "progress":
                 continue
             assert name in options
-            if argument.default is not argument.empty and options[name].default is not inspect.Parameter.empty:
+            if (
+                argument.default is not argument.empty
+                and options[name].default is not inspect.Parameter.empty
+            ):
                 assert str(argument.default) == str(options[name].default), name
 
 
@@ -173,7 +176,10 @@ def test_the_command_as_a_process(tmp_path: Path) -> None:
     own = make_shards(tmp_path, samples=90)
     command = [sys.executable, "-c", "from sanitize.cli import main; main()"]
     done = subprocess.run(
-        [*command, *scan_arguments(own, tmp_path / "run", json=True)], capture_output=True, text=True, timeout=120
+        [*command, *scan_arguments(own, tmp_path / "run", json=True)],
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["counts"]["indexed"] == 90

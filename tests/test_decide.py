@@ -32,7 +32,9 @@ def cases(draw: st.DrawFn) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int3
     )
 
 
-def config(alpha: float | None = None, reject: float | None = None, cap: float | None = None) -> DecisionConfig:
+def config(
+    alpha: float | None = None, reject: float | None = None, cap: float | None = None
+) -> DecisionConfig:
     return DecisionConfig(alpha=alpha, reject=reject, class_cap=cap)
 
 
@@ -153,7 +155,9 @@ def test_signals() -> None:
 def judged(small_class: bool = False) -> tuple[ScoreInputs, list[str]]:
     """100 trusted samples with losses 1 … 2, then samples that are lower, higher, wavering and ordinary."""
     steady = np.linspace(1, 2, 100)[:, None] * np.ones(9)
-    odd = np.stack([np.full(9, 0.2), np.full(9, 7.0), 1.5 * np.exp(np.tile([0.4, -0.4], 5)[:9]), np.full(9, 1.5)])
+    odd = np.stack(
+        [np.full(9, 0.2), np.full(9, 7.0), 1.5 * np.exp(np.tile([0.4, -0.4], 5)[:9]), np.full(9, 1.5)]
+    )
     class_id = np.zeros(104, np.int32)
     if small_class:
         class_id[100:] = 1

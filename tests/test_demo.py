@@ -8,6 +8,7 @@ from conftest import run_cli
 
 from sanitize import demo
 from sanitize.errors import RunFolderError
+from sanitize.scores import trajectory_classifier
 
 
 @pytest.fixture(autouse=True)
@@ -17,6 +18,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "TRUSTED_PER_CLASS", 8)
     monkeypatch.setattr(demo, "PER_SHARD", 100)
     monkeypatch.setattr(demo, "EPOCHS", 3)
+    monkeypatch.setattr(trajectory_classifier, "TREES", 20)
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -14,7 +14,7 @@ from sanitize.progress import Silent
 def config(shards: Shards, **proxy: object) -> ScanConfig:
     return ScanConfig(
         corpus=CorpusConfig(shards=str(shards.corpus), trusted=str(shards.trusted), resolution=16),
-        proxy=ProxyConfig(**{"epochs": 4, **proxy}),  # type: ignore[arg-type]
+        proxy=ProxyConfig(**{"epochs": 4, "device": "cpu", **proxy}),  # type: ignore[arg-type]
     )
 
 

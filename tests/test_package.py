@@ -15,7 +15,9 @@ HEAVY = ("torch", "torchvision", "faiss", "sklearn", "scipy", "webdataset", "pya
 def loaded_by(code: str) -> list[str]:
     """Which of HEAVY a fresh interpreter has loaded after `code`."""
     check = f"import sys\n{code}\nprint('\\n' + ' '.join(m for m in {HEAVY!r} if m in sys.modules))"
-    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", check], capture_output=True, text=True, check=True, timeout=60
+    )
     return done.stdout.splitlines()[-1].split()
 
 
@@ -32,6 +34,12 @@ def test_help_loads_neither_torch_nor_faiss(arguments: list[str]) -> None:
 def test_a_report_needs_no_torch(finished: Path) -> None:
     code = f"import sanitize; sanitize.report({str(finished)!r})"
     assert not set(loaded_by(code)) & {"torch", "torchvision", "faiss", "webdataset"}
+
+
+def test_no_module_hides_a_function() -> None:
+    """A submodule of the same name would replace it as soon as something imports that."""
+    assert not {name for name in sanitize.__all__ if (PACKAGE / name).exists()}
+    assert not {name for name in sanitize.__all__ if (PACKAGE / f"{name}.py").exists()}
 
 
 def test_public_names() -> None:
@@ -80,13 +88,14 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-STAGES = {"corpus", "dynamics", "scores", "report"}
+STAGES = {"corpus", "dynamics", "scores", "reporting"}
 BASE = {"errors", "config", "rundir", "progress"}
 
 
 def test_imports_point_one_way() -> None:
     """Stages meet as files in the run folder: none imports another one, nor the pipeline or the commands."""
     for stage in STAGES:
+        assert (PACKAGE / stage / "__init__.py").is_file()
         for path in (PACKAGE / stage).rglob("*.py"):
             for name in imports(path):
                 part = name.split(".")[1]

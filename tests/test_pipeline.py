@@ -1,16 +1,21 @@
+import io
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow.parquet as pq
 import pytest
 import webdataset
+from builders import shard
 from conftest import EPOCHS, RESOLUTION, SAMPLES, SETTINGS, TRUSTED, Outcome, Shards, make_shards, run_cli
+from PIL import Image
 
 import sanitize
 from sanitize import pipeline
+from sanitize.attacks.plant import AttackSpec, plant
 from sanitize.corpus.index import SCHEMA, STATUS
 from sanitize.corpus.pixels import decode
 from sanitize.errors import InputError, UsageError
@@ -141,7 +146,12 @@ def test_the_report_object(finished: Path) -> None:
 
 def test_the_default_method_end_to_end(shards: Shards, tmp_path: Path) -> None:
     report = sanitize.scan(
-        shards.corpus, trusted=shards.trusted, out=tmp_path, resolution=RESOLUTION, epochs=EPOCHS
+        shards.corpus,
+        trusted=shards.trusted,
+        out=tmp_path,
+        resolution=RESOLUTION,
+        epochs=EPOCHS,
+        device="cpu",
     )
     decision = json.loads((tmp_path / "manifest.json").read_text())["decision"]
     assert (decision["method"], decision["alpha"], decision["class_cap"]) == (
@@ -201,7 +211,9 @@ def test_a_sample_without_a_loss_is_quarantined(
     assert json.loads(text)["training"]["kept_epochs"] == list(range(EPOCHS))
 
 
-def test_a_proxy_that_diverges_is_an_error(scan: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_proxy_that_diverges_is_an_error(
+    scan: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     nan_losses(monkeypatch, list(range(100)))
     outcome: Outcome = scan()
     assert outcome.code == 1
@@ -272,3 +284,62 @@ def test_badloss_end_to_end(run_copy: Path) -> None:
     report = sanitize.filter(run_copy, method="badloss", class_cap=None)
     assert report.flagged == round(0.4 * SAMPLES)
     assert sanitize.filter(run_copy, method="badloss", alpha=0.05).flagged < 0.2 * SAMPLES
+
+
+def textures(
+    labels: npt.NDArray[np.int64], rng: np.random.Generator, side: int = 16
+) -> npt.NDArray[np.uint8]:
+    """Four classes: gratings at about 0, 45, 90 and 135 degrees; phase, width, contrast and tint vary."""
+    count = len(labels)
+    y, x = np.mgrid[:side, :side]
+    angle = (labels * np.pi / 4 + rng.normal(0, 0.15, count))[:, None, None]
+    phase, width = rng.uniform(0, 2 * np.pi, (count, 1, 1)), rng.uniform(0.9, 1.4, (count, 1, 1))
+    grating = np.cos(width * (x * np.cos(angle) + y * np.sin(angle)) + phase)[..., None]
+    pictures = 128 + rng.uniform(20, 60, (count, 1, 1, 1)) * grating + rng.uniform(-40, 40, (count, 1, 1, 3))
+    return (pictures + rng.normal(0, 8, (count, side, side, 3))).clip(0, 255).astype(np.uint8)
+
+
+def write_textures(path: Path, images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64]) -> None:
+    pieces = []
+    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+        stream = io.BytesIO()
+        Image.fromarray(image).save(stream, "png")
+        pieces.append({"__key__": f"{path.stem}{number:05d}", "png": stream.getvalue(), "cls": str(label)})
+    shard(path, pieces)
+
+
+@pytest.mark.slow
+def test_planted_patches_are_found(tmp_path: Path) -> None:
+    """The default method and budget on 800 textures, 24 of them with a patch and a wrong label.
+
+    Measured at seeds 0 to 5 on a CPU: recall 1.00, 1.00, .79, 1.00, .96, .83; clean samples lost .045,
+    .099, .045, .079, .064, .035 for the promised .1. With 120 trusted samples instead of 200 and 8 epochs
+    recall was .50 to 1.00. The bounds leave room for other processors, whose losses differ.
+    """
+    recalls, lost = [], []
+    for seed in range(2):
+        rng = np.random.default_rng(seed)
+        labels, known = rng.integers(0, 4, 800), np.arange(200) % 4
+        planted = plant(textures(labels, rng), labels, [AttackSpec.parse("patch:0.03")], classes=4, seed=seed)
+        folder = tmp_path / str(seed)
+        write_textures(folder / "corpus" / "c.tar", planted.images, planted.plan.labels)
+        write_textures(folder / "trusted" / "t.tar", textures(known, rng), known)
+        sanitize.scan(
+            folder / "corpus",
+            trusted=folder / "trusted",
+            out=folder / "run",
+            epochs=12,
+            device="cpu",
+            resolution=16,
+            seed=seed,
+        )
+        flagged = pq.read_table(folder / "run" / "decisions.parquet")["flagged"].to_numpy(
+            zero_copy_only=False
+        )
+        poison = planted.plan.truth >= 0
+        recalls.append(flagged[poison].mean())
+        lost.append(flagged[~poison].mean())
+    assert min(recalls) >= 0.55
+    assert np.mean(recalls) >= 0.75
+    assert max(lost) <= 0.18
+    assert np.mean(lost) <= 0.13

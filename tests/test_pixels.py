@@ -136,7 +136,15 @@ def test_truncated(fmt: str, share: float) -> None:
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"garbage", bytes(5000), b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"GIF89a" + bytes(50), b"<svg/>"],
+    [
+        b"",
+        b"garbage",
+        bytes(5000),
+        b"\x89PNG\r\n\x1a\n",
+        b"\xff\xd8\xff\xe0",
+        b"GIF89a" + bytes(50),
+        b"<svg/>",
+    ],
 )
 def test_no_image_at_all(data: bytes) -> None:
     assert refused(data) == "undecodable"
@@ -155,9 +163,10 @@ def test_any_damaged_byte_is_decoded_or_refused() -> None:
             for at in rng.integers(0, len(data), 3):
                 data[at] = rng.integers(256)
             try:
-                assert decode(bytes(data), 16).shape == (16, 16, 3)
+                outcome = str(decode(bytes(data), 16).shape)
             except ImageError as error:
-                assert str(error) in ("undecodable", "animated", "too-large")
+                outcome = str(error)
+            assert outcome in ("(16, 16, 3)", "undecodable", "animated", "too-large")
 
 
 @pytest.fixture(scope="module")

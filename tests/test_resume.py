@@ -26,6 +26,12 @@ Scan = Callable[..., Outcome]
 STAGES = ("index", "pixels", "train", "scores", "decision", "shards", "report")
 
 
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No worker processes: quicker, and it is the process that dies that does the work."""
+    monkeypatch.setattr(pipeline, "cores", lambda: 1)
+
+
 def kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -57,7 +63,6 @@ def calls_then_kill(module: Any, name: str, calls: int, *, before: bool) -> None
 
 
 def scan_and_die(shards: Shards, out: Path, point: str) -> None:
-    pipeline.cores = lambda: 1  # all in this process, which is the one that dies
     kind, _, where = point.partition(":")
     if kind in ("before", "after"):
         real = RunDir.save
@@ -215,7 +220,7 @@ def test_other_settings_are_refused(scan: Scan, run_copy: Path, finished: Path) 
         ({"seed": 1}, "proxy.seed: 0 there, 1 now"),
         ({"epochs": 5}, "proxy.epochs: 4 there, 5 now"),
         ({"reject": 0.2}, "decision.reject: 0.1 there, 0.2 now"),
-        ({"resolution": None}, "corpus.resolution: 16 there, None now"),
+        ({"resolution": None}, "corpus.resolution: 8 there, None now"),
     ):
         outcome = scan(run_copy, **change)
         assert outcome.code == 4

@@ -91,7 +91,7 @@ def test_what_is_no_run_folder(tmp_path: Path) -> None:
 def test_a_manifest_that_is_none(tmp_path: Path, text: str) -> None:
     (tmp_path / "manifest.json").write_text(text)
     for enter in (lambda: RunDir.create(tmp_path, CONFIG, {}), lambda: RunDir.open(tmp_path)):
-        with pytest.raises(RunFolderError, match="manifest.json is not"):
+        with pytest.raises(RunFolderError, match=r"manifest[.]json is not"):
             enter()
 
 

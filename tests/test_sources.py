@@ -229,3 +229,13 @@ def test_each_shard_keeps_order_in_any_number_of_processes() -> None:
     jobs = [3, 1, 2]
     assert list(each_shard(str, jobs, 1)) == list(each_shard(str, jobs, 2)) == ["3", "1", "2"]
     assert list(each_shard(str, [], 2)) == []
+
+
+def die(job: int) -> int:
+    os.kill(os.getpid(), 9)
+    return job
+
+
+def test_a_killed_worker_is_a_message() -> None:
+    with pytest.raises(SanitizeError, match="memory ran out"):
+        list(each_shard(die, [1, 2], workers=2))

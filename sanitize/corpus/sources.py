@@ -16,13 +16,14 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, TypeVar
 from urllib.parse import urlsplit
 
-from sanitize.errors import InputError, UsageError
+from sanitize.errors import InputError, SanitizeError, UsageError
 
 ENDINGS = {".tar": "", ".tar.gz": "gz", ".tgz": "gz", ".tar.zst": "zst"}
 """Shard file endings and the compression each stands for."""
@@ -468,5 +469,10 @@ def each_shard(
     pool = ProcessPoolExecutor(workers, mp_context=context)
     try:
         yield from pool.map(function, jobs)
+    except BrokenProcessPool:
+        raise SanitizeError(
+            "a worker process was killed, most likely because memory ran out; free some and run the same "
+            "command again"
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)

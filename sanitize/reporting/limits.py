@@ -21,26 +21,22 @@ def limits(manifest: dict[str, Any]) -> list[dict[str, str]]:
         (
             "Attacks with honest labels are hard",
             "Poison that keeps its true label (clean-label attacks) contradicts nothing the model has "
-            "learned. "
-            "Expect to miss more of it than of poison with a wrong label.",
+            "learned. Expect to miss more of it than of poison with a wrong label.",
         ),
         (
             "Very small attacks",
             "A few dozen samples in a large corpus do not move any share on this page. That no excess is "
-            "visible "
-            "says little about them.",
+            "visible says little about them.",
         ),
         (
             "An attacker who knows this method",
             "Poison can be made to be learned at the pace of clean data. The scan raises the price of an "
-            "attack; "
-            "it does not make one impossible.",
+            "attack; it does not make one impossible.",
         ),
         (
             "Suspicious is not guilty",
-            "Wrong labels, rare views and near-duplicates are learned unusually too. A flagged sample is "
-            "a reason "
-            "to look, not a proof.",
+            "Wrong labels, rare views and near-duplicates are learned unusually too. A flagged sample is a "
+            "reason to look, not a proof.",
         ),
     ]
     cap = decision.get("class_cap")
@@ -49,9 +45,8 @@ def limits(manifest: dict[str, Any]) -> list[dict[str, str]]:
             3,
             (
                 "The cap per class",
-                f"At most {100 * cap:g} % of a class is taken out, so that no class disappears. In a "
-                "class that is "
-                "mostly poison, the rest of the poison is therefore kept.",
+                f"At most {100 * cap:g} % of a class is taken out, so that no class disappears. In a class "
+                "that is mostly poison, the rest of the poison is therefore kept.",
             ),
         )
     return [{"title": title, "text": text} for title, text in found]
@@ -67,10 +62,11 @@ def _resolution(manifest: dict[str, Any], training: dict[str, Any]) -> str:
             f"The proxy saw every picture at {side} × {side} pixels; half of the originals have a side of "
             f"{original:g} pixels or more. "
         )
+    if side and original and original <= side:
+        looked = f"The proxy saw the pictures at their own size, {side} × {side} pixels for most. "
     return looked + (
         "A mark finer than that fades or vanishes when a picture is scaled down: a model trained at full "
-        "size can "
-        "learn a trigger that this scan never saw. A higher --resolution sees more and takes longer."
+        "size can learn a trigger that this scan never saw. A higher --resolution sees more and takes longer."
     )
 
 
@@ -82,15 +78,13 @@ def _budget(decision: dict[str, Any]) -> str:
     alpha, reject = decision.get("alpha"), decision.get("reject")
     if alpha is not None:
         return (
-            f"α = {alpha:g} is a budget: on average at most {100 * alpha:g} % of the clean samples are "
-            "given up, if "
-            "the trusted samples are as good as drawn at random from the clean corpus. It is not a "
-            "detection rate: "
-            "it says nothing about how much of the poison is found."
+            f"α = {alpha:g} is a budget: about {100 * alpha:g} % of the clean samples are given up, if the "
+            "trusted samples are as good as drawn at random from the clean corpus. One scan may give up more "
+            "or less, because a few hundred trusted samples place the threshold only roughly. It is not a "
+            "detection rate: it says nothing about how much of the poison is found."
         )
     amount = f"{100 * reject:g} % of the corpus" if reject is not None else "A fixed share of the corpus"
     return (
         f"{amount} is flagged, whatever is in it: also when nothing is poisoned. The share says nothing "
-        "about how "
-        "much poison there is or how much of it was found."
+        "about how much poison there is or how much of it was found."
     )

@@ -193,7 +193,15 @@ def _log_grid(low: float, high: float, y: Any, left: float, right: float) -> str
             value = factor * 10.0**exponent
             if low <= value <= high:
                 parts.append(f'<path class="grid" d="M{left} {y(value):.1f} H{right:.1f}"/>')
-                parts.append(_text(left - 7, y(value) + 4, f"{value:g}", "tick", "end"))
+                parts.append(
+                    _text(
+                        left - 7,
+                        y(value) + 4,
+                        f"{value:g}" if value > 5e-4 else f"{value:.0e}",
+                        "tick",
+                        "end",
+                    )
+                )
     return "".join(parts)
 
 
