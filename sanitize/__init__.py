@@ -34,10 +34,11 @@ def scan(
     device: str = "auto",
     trajectory: str = "eval",
     seed: int = 0,
-    method: str = "trajectory-ensemble",
+    method: str = "mahalanobis",
     alpha: float | None = None,
     reject: float | None = None,
-    class_cap: float | None = 0.5,
+    class_cap: float | None = None,
+    no_class_cap: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Scan a corpus: ``sanitize scan``. A run that was interrupted in `out` goes on.
@@ -57,7 +58,8 @@ def scan(
         method: how trajectories are scored; see ``sanitize scan --help``.
         alpha: share of clean samples that may be lost; default 0.1 unless reject is given.
         reject: share of the corpus to flag instead; ``badloss`` alone defaults to the published 0.4.
-        class_cap: largest share of a class that may be flagged; None for no cap.
+        class_cap: largest share of a class that may be flagged; None: 0.5.
+        no_class_cap: flag whatever the scores say.
         progress: where to show progress; None: nowhere. ``sanitize.progress.for_stderr()`` is the command's.
 
     Returns:
@@ -78,7 +80,7 @@ def scan(
             allow_pipe=allow_pipe,
         ),
         proxy=ProxyConfig(proxy=proxy, epochs=epochs, device=device, trajectory=trajectory, seed=seed),
-        decision=DecisionConfig.choose(method, alpha, reject, class_cap),
+        decision=DecisionConfig.choose(method, alpha, reject, class_cap, no_class_cap),
     )
     return run_scan(config, Path(out), progress)
 
@@ -89,7 +91,9 @@ def filter(
     method: str | None = None,
     alpha: float | None = None,
     reject: float | None = None,
-    class_cap: float | None = 0.5,
+    class_cap: float | None = None,
+    no_class_cap: bool = False,
+    allow_pipe: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Make a new decision, shards and report from a finished run, without training: ``sanitize filter``.
@@ -97,16 +101,24 @@ def filter(
     Args:
         run: run folder of a scan.
         method: None: the method of the scan.
-        alpha, reject, class_cap, progress: as for `scan`.
+        alpha: as for `scan`.
+        reject: as for `scan`.
+        class_cap: largest share of a class that may be flagged; None: that of the scan.
+        no_class_cap: flag whatever the scores say.
+        allow_pipe: run the commands of ``pipe:`` shards.
+        progress: as for `scan`.
 
     Raises:
         sanitize.errors.SanitizeError: with a message that says what to do.
     """
     from sanitize.config import DecisionConfig
-    from sanitize.pipeline import filter_run, method_of
+    from sanitize.pipeline import decision_of, filter_run
 
-    chosen = method or method_of(Path(run))
-    return filter_run(Path(run), DecisionConfig.choose(chosen, alpha, reject, class_cap), progress)
+    scanned = decision_of(Path(run))
+    decision = DecisionConfig.choose(
+        method or scanned.method, alpha, reject, class_cap, no_class_cap, scanned.class_cap
+    )
+    return filter_run(Path(run), decision, allow_pipe, progress)
 
 
 def report(run: str | Path) -> Report:

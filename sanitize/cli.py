@@ -12,11 +12,12 @@ from typer.core import TyperGroup
 
 import sanitize
 from sanitize.errors import FindingsError, SanitizeError, UsageError
+from sanitize.scores import methods
 
 if TYPE_CHECKING:
     from sanitize.reporting.build import Report
 
-METHODS = "trajectory-ensemble, trajectory-classifier, mahalanobis or badloss"
+METHODS = ", ".join(methods())
 
 
 class _Group(TyperGroup):
@@ -55,7 +56,7 @@ Reject = Annotated[
     float | None,
     typer.Option(help="Flag this share of the corpus instead. badloss alone defaults to the published 0.4."),
 ]
-ClassCap = Annotated[float, typer.Option(help="Largest share of one class that may be flagged.")]
+AllowPipe = Annotated[bool, typer.Option("--allow-pipe", help="Run the commands of pipe: shards.")]
 NoClassCap = Annotated[bool, typer.Option("--no-class-cap", help="Flag whatever the scores say.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 FailOn = Annotated[
@@ -81,14 +82,14 @@ def scan(
         str, typer.Option(help="eval: losses after each epoch; online: losses at training time, cheaper.")
     ] = "eval",
     seed: Annotated[int, typer.Option(help="Seed of initialisation, order and scores.")] = 0,
-    method: Annotated[str, typer.Option(help=f"Score: {METHODS}.")] = "trajectory-ensemble",
+    method: Annotated[str, typer.Option(help=f"Score: {METHODS}.")] = "mahalanobis",
     alpha: Alpha = None,
     reject: Reject = None,
-    class_cap: ClassCap = 0.5,
+    class_cap: Annotated[
+        float | None, typer.Option(help="Largest share of one class that may be flagged. Default 0.5.")
+    ] = None,
     no_class_cap: NoClassCap = False,
-    allow_pipe: Annotated[
-        bool, typer.Option("--allow-pipe", help="Run the commands of pipe: shards.")
-    ] = False,
+    allow_pipe: AllowPipe = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only count, and estimate disk, memory and time.")
     ] = False,
@@ -104,7 +105,7 @@ def scan(
             shards=shards, trusted=trusted, label=label, resolution=resolution, allow_pipe=allow_pipe
         ),
         proxy=ProxyConfig(proxy=proxy, epochs=epochs, device=device, trajectory=trajectory, seed=seed),
-        decision=DecisionConfig.choose(method, alpha, reject, None if no_class_cap else class_cap),
+        decision=DecisionConfig.choose(method, alpha, reject, class_cap, no_class_cap),
     )
     _check_fail_on(fail_on)
     if dry_run:
@@ -124,8 +125,12 @@ def filter(
     method: Annotated[str | None, typer.Option(help=f"Score: {METHODS}. Default: the scan's.")] = None,
     alpha: Alpha = None,
     reject: Reject = None,
-    class_cap: ClassCap = 0.5,
+    class_cap: Annotated[
+        float | None,
+        typer.Option(help="Largest share of one class that may be flagged. Default: the scan's."),
+    ] = None,
     no_class_cap: NoClassCap = False,
+    allow_pipe: AllowPipe = False,
     fail_on: FailOn = None,
     as_json: Json = False,
 ) -> None:
@@ -138,7 +143,9 @@ def filter(
         method=method,
         alpha=alpha,
         reject=reject,
-        class_cap=None if no_class_cap else class_cap,
+        class_cap=class_cap,
+        no_class_cap=no_class_cap,
+        allow_pipe=allow_pipe,
         progress=for_stderr(),
     )
     _finish(report, as_json, fail_on)
@@ -172,9 +179,7 @@ def poison(
         Path | None, typer.Option(help="Put the trigger of this earlier poison folder on a test set instead.")
     ] = None,
     strength: Annotated[float, typer.Option(help="With --stamp: how strong, 1 as in training.")] = 1.0,
-    allow_pipe: Annotated[
-        bool, typer.Option("--allow-pipe", help="Run the commands of pipe: shards.")
-    ] = False,
+    allow_pipe: AllowPipe = False,
     as_json: Json = False,
 ) -> None:
     """Poison a copy of a corpus, with ground truth, to test a defence on one's own data."""

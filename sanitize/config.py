@@ -12,6 +12,7 @@ MIN_TRUSTED = 50
 """Fewest usable trusted samples: the k of BaDLoss, and what a p-value of 2 % needs."""
 
 DEFAULT_ALPHA = 0.1
+DEFAULT_CLASS_CAP = 0.5
 BADLOSS_REJECT = 0.4
 """The share of the data that BaDLoss removes (Alex et al., ICLR 2025)."""
 
@@ -72,13 +73,13 @@ class ProxyConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DecisionConfig:
-    method: str = "trajectory-ensemble"
+    method: str = "mahalanobis"
     """A module of ``sanitize.scores``, with dashes."""
     alpha: float | None = DEFAULT_ALPHA
     """Conformal level: the share of clean samples that may be lost. None when reject is set."""
     reject: float | None = None
     """Share of the corpus to flag, most suspicious first, instead of alpha."""
-    class_cap: float | None = 0.5
+    class_cap: float | None = DEFAULT_CLASS_CAP
     """Largest share of one class that may be flagged; None takes the cap off."""
 
     def __post_init__(self) -> None:
@@ -88,7 +89,7 @@ class DecisionConfig:
         )
         _require(self.alpha is None or 0 < self.alpha < 1, f"--alpha {self.alpha}: expected between 0 and 1")
         _require(
-            self.reject is None or 0 <= self.reject < 1, f"--reject {self.reject}: expected 0 to below 1"
+            self.reject is None or 0 < self.reject < 1, f"--reject {self.reject}: expected between 0 and 1"
         )
         _require(
             self.class_cap is None or 0 < self.class_cap <= 1,
@@ -97,9 +98,21 @@ class DecisionConfig:
 
     @classmethod
     def choose(
-        cls, method: str, alpha: float | None, reject: float | None, class_cap: float | None
+        cls,
+        method: str,
+        alpha: float | None,
+        reject: float | None,
+        class_cap: float | None,
+        no_class_cap: bool = False,
+        default_cap: float | None = DEFAULT_CLASS_CAP,
     ) -> DecisionConfig:
         """With neither alpha nor reject given: alpha 0.1, for badloss the paper's reject 0.4."""
+        _require(
+            class_cap is None or not no_class_cap,
+            "--class-cap and --no-class-cap exclude each other: give one of the two",
+        )
+        if class_cap is None and not no_class_cap:
+            class_cap = default_cap
         if alpha is None and reject is None:
             alpha, reject = (None, BADLOSS_REJECT) if method == "badloss" else (DEFAULT_ALPHA, None)
         return cls(method=method, alpha=alpha, reject=reject, class_cap=class_cap)

@@ -16,6 +16,7 @@ from sanitize.corpus.pixels import ImageError, choose_resolution, decode, median
 from sanitize.corpus.sources import Source, open_tar
 from sanitize.pipeline import check_choices, cores, find_sources
 from sanitize.progress import Progress
+from sanitize.rundir import disk_errors
 
 _DECODED = 200
 _STEPS = 4
@@ -32,7 +33,7 @@ def estimate(config: ScanConfig, progress: Progress) -> dict[str, Any]:
         proxy, device, dtype, notes.
     """
     check_choices(config)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, disk_errors(Path(folder)):
         scratch = Path(folder)
         corpus, trusted = find_sources(config.corpus)
         began = time.monotonic()

@@ -31,10 +31,10 @@ from sanitize.corpus import index as index_module
 from sanitize.corpus import pixels as pixels_module
 from sanitize.corpus.sources import Source, distinct_names, expand, fingerprint
 from sanitize.corpus.writer import write_shards
-from sanitize.errors import InputError, RunFolderError
+from sanitize.errors import InputError, RunFolderError, UsageError
 from sanitize.progress import Progress, Silent
 from sanitize.reporting.build import Report, build_report
-from sanitize.rundir import RunDir, write_atomic, write_table
+from sanitize.rundir import RunDir, disk_errors, write_atomic, write_table
 from sanitize.scores import ScoreInputs, decide
 
 if TYPE_CHECKING:
@@ -78,18 +78,29 @@ def check_choices(config: ScanConfig) -> None:
     from sanitize.dynamics import proxy as proxy_module
 
     scores.load(config.decision.method)
-    proxy_module.setup(config.proxy, samples=0)
+    setup = proxy_module.setup(config.proxy, samples=0)
+    if config.corpus.resolution:
+        proxy_module.check_fits(setup.proxy, config.corpus.resolution)
 
 
-def filter_run(out: Path, decision: DecisionConfig, progress: Progress | None = None) -> Report:
-    """Make a new decision, new shards and a new report from a run whose training is done."""
+def filter_run(
+    out: Path, decision: DecisionConfig, allow_pipe: bool = False, progress: Progress | None = None
+) -> Report:
+    """Make a new decision, new shards and a new report from a run whose training is done.
+
+    Raises:
+        UsageError: the shards come from commands and `allow_pipe` is not set, whatever the scan was told:
+            a run folder may be a stranger's.
+    """
     progress = progress or Silent()
     scores.load(decision.method)
     with RunDir.open(out) as run:
         config = _finished_config(run)
-        corpus, trusted = find_sources(config.corpus)
+        corpus = _recorded_sources(run)
+        if not allow_pipe and any(source.url.startswith("pipe:") for source in corpus):
+            raise UsageError(f"the shards of {out} come from pipe: commands; pass --allow-pipe to run them")
         run.clear_temporary()
-        _check_same_shards(run, corpus + trusted)
+        _check_same_shards(run, corpus, with_trusted=False)
         if decision.method != run.manifest["stages"].get("scores", {}).get("method"):
             run.forget("scores")
         run.forget(*AFTER_SCORES)
@@ -99,10 +110,10 @@ def filter_run(out: Path, decision: DecisionConfig, progress: Progress | None = 
         return _report(run)
 
 
-def method_of(out: Path) -> str:
-    """The method that the scan of a run folder was told to use."""
+def decision_of(out: Path) -> DecisionConfig:
+    """The decision that the scan of a run folder was told to make."""
     with RunDir.open(out) as run:
-        return _finished_config(run).decision.method
+        return _finished_config(run).decision
 
 
 def rebuild_report(out: Path) -> Report:
@@ -120,6 +131,15 @@ def find_sources(config: CorpusConfig) -> tuple[list[Source], list[Source]]:
     corpus = expand(config.shards, allow_pipe=config.allow_pipe)
     trusted = expand(config.trusted, allow_pipe=config.allow_pipe)
     return corpus, distinct_names(trusted, corpus)
+
+
+def _recorded_sources(run: RunDir) -> list[Source]:
+    """The corpus shards as the index found them."""
+    return [
+        Source(record["name"], record["url"], record["compression"])
+        for record in run.manifest["shards"]
+        if not record["trusted"]
+    ]
 
 
 def _index(
@@ -141,8 +161,13 @@ def _pixels(run: RunDir, config: CorpusConfig, sources: list[Source], progress: 
         return
     with run.stage("pixels") as facts:
         table = pq.read_table(run / INDEX)
-        side = pixels_module.median_side(sources, table, _scratch(run))
-        resolution = config.resolution or pixels_module.choose_resolution(side)
+        if "resolution" not in run.manifest:  # decoding changes what the choice is made from
+            side = pixels_module.median_side(sources, table, _scratch(run))
+            resolution = config.resolution or pixels_module.choose_resolution(side)
+            run.manifest |= {"resolution": resolution, "median_side": side}
+            run.save()
+        resolution, side = run.manifest["resolution"], run.manifest["median_side"]
+        _check_before_decoding(run, table, resolution)
         table = pixels_module.decode_all(
             sources,
             table,
@@ -152,19 +177,31 @@ def _pixels(run: RunDir, config: CorpusConfig, sources: list[Source], progress: 
             workers=cores(),
             progress=progress,
         )
-        _check_enough(table)
+        _check_enough(table, ScanConfig.from_dict(run.manifest["config"]).decision)
         write_table(run / INDEX, table)
         facts |= {"resolution": resolution, "median_side": side}
 
 
-def _check_enough(table: pa.Table) -> None:
-    """Decoding may have taken away what the index counted on."""
+def _check_before_decoding(run: RunDir, table: pa.Table, resolution: int) -> None:
+    """Refuse what could not work in the end before the long part begins."""
+    from sanitize.dynamics import proxy as proxy_module
+
+    config = ScanConfig.from_dict(run.manifest["config"])
+    _check_enough(table, config.decision)
+    proxy_module.check_fits(proxy_module.setup(config.proxy, table.num_rows).proxy, resolution)
+
+
+def _check_enough(table: pa.Table, config: DecisionConfig) -> None:
+    """Raise unless there are enough trusted samples for the decision, and classes to tell apart."""
     usable = pc.equal(table["status"], "ok")
     trusted = pc.sum(pc.and_(usable, table["trusted"])).as_py()
-    if trusted < MIN_TRUSTED:
+    needed = getattr(scores.load(config.method), "MIN_TRUSTED", MIN_TRUSTED)
+    if trusted < needed:
         raise InputError(
-            f"only {trusted} trusted images can be decoded and {MIN_TRUSTED} are needed; look at --trusted"
+            f"{trusted} trusted samples can be used and --method {config.method} needs {needed}; "
+            "add some to --trusted"
         )
+    decide.check_alpha(config.alpha, trusted)
     classes = len(pc.unique(table.filter(pc.and_(usable, pc.invert(table["trusted"])))["class_id"]))
     if classes < 2:
         raise InputError(
@@ -247,6 +284,7 @@ def score_inputs(run: RunDir, seed: int) -> tuple[ScoreInputs, npt.NDArray[np.in
         class_id=table["class_id"].to_numpy()[rows[finite]],
         trusted=table["trusted"].to_numpy(zero_copy_only=False)[rows[finite]],
         seed=seed,
+        gpu=run.manifest["training"]["device"] == "cuda",
     )
     return inputs, rows[finite], table.num_rows
 
@@ -272,7 +310,7 @@ def _decide(run: RunDir, config: DecisionConfig) -> None:
         decisions = table.select(["sample_id", "shard", "key", "label"])
         decisions = decisions.append_column("status", pa.array(status.tolist(), pa.string()))
         for name, values in {
-            "anomaly_score": decide.anomaly_scores(raw, inputs.trusted),
+            "anomaly_score": decide.anomaly_scores(made.score, inputs.trusted),
             "p_value": made.p_value,
         }.items():
             decisions = decisions.append_column(name, scored.nullable(values))
@@ -351,12 +389,13 @@ def _decided_differently(run: RunDir, config: DecisionConfig) -> bool:
     return scored_by != config.method or any(made.get(name, wanted[name]) != wanted[name] for name in wanted)
 
 
-def _check_same_shards(run: RunDir, sources: list[Source]) -> None:
+def _check_same_shards(run: RunDir, sources: list[Source], with_trusted: bool = True) -> None:
     """The shards of a run that goes on must be the ones it was begun with, as far as the storage tells."""
     if not run.is_done("index"):
         return
-    stored = {record["name"]: record for record in run.manifest["shards"]}
-    changed = sorted(stored.keys() ^ {source.name for source in sources})
+    names = {source.name for source in sources}
+    stored = {r["name"]: r for r in run.manifest["shards"] if with_trusted or not r["trusted"]}
+    changed = sorted(stored.keys() ^ names)
     for source in sources:
         size, mtime_ns = fingerprint(source)
         record = stored.get(source.name)
@@ -372,7 +411,8 @@ def _check_same_shards(run: RunDir, sources: list[Source]) -> None:
 
 def _scratch(run: RunDir) -> Path:
     path = run / ".scratch"
-    path.mkdir(exist_ok=True)
+    with disk_errors(run.path):
+        path.mkdir(exist_ok=True)
     return path
 
 

@@ -44,6 +44,7 @@ class RunDir:
                 path.mkdir(parents=True, exist_ok=True)
             except (FileExistsError, NotADirectoryError):
                 raise UsageError(f"--out {path} is a file, or lies in one; give a folder") from None
+        _refuse_strangers(path)
         lock = _acquire(path)
         with _released_on_error(lock):
             manifest = _manifest_of(path, config)
@@ -81,7 +82,8 @@ class RunDir:
     def save(self) -> None:
         """Write manifest.json, atomically."""
         text = json.dumps(self.manifest, indent=1, ensure_ascii=True)
-        write_atomic(self.path / MANIFEST, text.encode())
+        with disk_errors(self.path):
+            write_atomic(self.path / MANIFEST, text.encode())
 
     def is_done(self, stage: str) -> bool:
         return stage in self.manifest["stages"]
@@ -93,8 +95,7 @@ class RunDir:
         began = time.monotonic()
         with disk_errors(self.path):
             yield facts
-            partial = self.manifest.get("partial_s", {}).pop(name, 0.0)
-            self.manifest["stages"][name] = {"seconds": round(time.monotonic() - began + partial, 3), **facts}
+            self.manifest["stages"][name] = {"seconds": round(time.monotonic() - began, 3), **facts}
             self.save()
 
     def forget(self, *stages: str) -> None:
@@ -106,7 +107,8 @@ class RunDir:
     def clear_temporary(self) -> None:
         """Remove what a killed process left half-written."""
         for leftover in self.path.rglob("*.tmp"):
-            leftover.unlink()
+            if leftover.is_file():
+                leftover.unlink()
 
 
 def _acquire(path: Path) -> int:
@@ -131,17 +133,20 @@ def _released_on_error(lock: int) -> Iterator[None]:
         raise
 
 
+def _refuse_strangers(path: Path) -> None:
+    strangers = sorted(p.name for p in path.iterdir() if not p.name.startswith("."))
+    if strangers and MANIFEST not in strangers:
+        raise RunFolderError(
+            f"{path} is not a run folder and not empty (it holds {strangers[0]}); give another --out"
+        )
+
+
 def _manifest_of(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:
     """The manifest of the scan `config` that `path` holds, None if it holds none that got anywhere."""
     stored = _read_manifest(path)
-    if stored is None:
-        strangers = sorted(p.name for p in path.iterdir() if not p.name.startswith("."))
-        if strangers:
-            raise RunFolderError(
-                f"{path} is not a run folder and not empty (it holds {strangers[0]}); give another --out"
-            )
-        return None
-    if not stored["stages"]:  # nothing was finished: the first try, with a wrong --label perhaps
+    if (
+        stored is None or not stored["stages"]
+    ):  # nothing was finished: the first try, with a wrong --label perhaps
         return None
     differences = _differences(stored["config"], config)
     if differences:
@@ -202,9 +207,19 @@ def write_atomic(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        fsync_folder(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def fsync_folder(path: Path) -> None:
+    """Make renames in a folder survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_table(path: Path, table: pa.Table) -> None:

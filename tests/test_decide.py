@@ -1,11 +1,11 @@
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from sanitize.config import DecisionConfig
-from sanitize.errors import UsageError
+from sanitize.errors import InputError, UsageError
 from sanitize.scores import ScoreInputs, decide
 from sanitize.scores.decide import (
     anomaly_scores,
@@ -62,6 +62,7 @@ def test_decisions_keep_their_promises(
     case: tuple[np.ndarray, np.ndarray, np.ndarray], level: float, cap: float, by_alpha: bool
 ) -> None:
     scores, class_id, trusted = case
+    assume(not by_alpha or level >= 1 / (trusted.sum() + 1))
     settings = {"alpha": level} if by_alpha else {"reject": level}
     free = decide.decide(scores, class_id, trusted, config(**settings))
     assert not (free.flagged & trusted).any()
@@ -88,7 +89,7 @@ def test_decisions_keep_their_promises(
             assert capped.score[spared].max() <= capped.score[capped.flagged & mine].min()
 
 
-@pytest.mark.parametrize(("reject", "count"), [(0.0, 0), (0.001, 0), (0.4, 80), (0.1234, 25), (0.99, 198)])
+@pytest.mark.parametrize(("reject", "count"), [(0.001, 0), (0.4, 80), (0.1234, 25), (0.99, 198)])
 def test_reject_is_exact_and_takes_the_highest(reject: float, count: int) -> None:
     rng = np.random.default_rng(0)
     scores = rng.normal(size=260).astype(np.float32)
@@ -203,6 +204,23 @@ def test_defaults_of_the_decision() -> None:
     chosen = DecisionConfig.choose("badloss", None, None, 0.5)
     assert (chosen.alpha, chosen.reject) == (None, 0.4)
     chosen = DecisionConfig.choose("mahalanobis", None, None, None)
-    assert (chosen.alpha, chosen.reject, chosen.class_cap) == (0.1, None, None)
+    assert (chosen.alpha, chosen.reject, chosen.class_cap) == (0.1, None, 0.5)
+    assert DecisionConfig.choose("badloss", None, None, None, True).class_cap is None
     chosen = DecisionConfig.choose("badloss", 0.2, None, 0.5)
     assert (chosen.alpha, chosen.reject) == (0.2, None)
+
+
+def test_an_alpha_that_could_flag_nothing_is_refused() -> None:
+    """63 trusted samples: no p-value is below 1/64."""
+    scores, class_id = np.arange(200, dtype=np.float32), np.zeros(200, np.int32)
+    trusted = np.arange(200) < 63
+    with pytest.raises(
+        InputError, match=r"--alpha 0\.01 needs at least 99 usable trusted samples and there are 63"
+    ):
+        decide.decide(scores, class_id, trusted, config(alpha=0.01))
+    assert decide.decide(scores, class_id, trusted, config(alpha=1 / 64)).flagged.any()
+
+
+def test_nothing_to_reject_is_refused() -> None:
+    with pytest.raises(UsageError, match="--reject 0"):
+        config(reject=0.0)

@@ -1,14 +1,17 @@
 import gzip
 import hashlib
 import json
+import mmap
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
 import zstandard
 from builders import corrupt, image_bytes, member, sample, shard, tar
 
-from sanitize.corpus.index import MIN_CLASS_SAMPLES, SCHEMA, STATUS, Index, build_index
+from sanitize.corpus.index import MIN_CLASS_SAMPLES, SCHEMA, STATUS, Index, _row, build_index
+from sanitize.corpus.shards import group, walk
 from sanitize.corpus.sources import expand
 from sanitize.errors import InputError
 from sanitize.progress import Silent
@@ -233,6 +236,48 @@ def test_wrong_label_option_names_what_is_there(tmp_path: Path) -> None:
 
 
 def test_one_shard_cannot_be_corpus_and_trusted(tmp_path: Path) -> None:
-    both = expand(str(shard(tmp_path / "a.tar", GOOD)))
-    with pytest.raises(InputError, match="both corpus and trusted"):
-        build_index(both, both, label="cls", scratch=tmp_path, workers=1, progress=Silent())
+    path = shard(tmp_path / "a.tar", GOOD)
+    (tmp_path / "link.tar").symlink_to(path)
+    for other in (path, tmp_path / "link.tar"):
+        with pytest.raises(InputError, match="both corpus and trusted"):
+            build_index(
+                expand(str(path)),
+                expand(str(other)),
+                label="cls",
+                scratch=tmp_path,
+                workers=1,
+                progress=Silent(),
+            )
+
+
+class Watched(bytes):
+    """Remembers the longest copy that was made of a part of it."""
+
+    longest = 0
+
+    def __getitem__(self, part: Any) -> Any:
+        copied = super().__getitem__(part)
+        if isinstance(part, slice):
+            self.longest = max(self.longest, len(copied))
+        return copied
+
+
+def test_large_members_are_not_copied() -> None:
+    image = bytes(3 << 20)
+    data = tar(member("a.jpg", image), member("a.cls", b"1" * (2 << 20)), sample("b", "1"))
+    buffer = Watched(data)
+    samples, _ = group(walk(buffer))
+    rows = [_row(buffer, found, "cls") for found in samples]
+    assert [row[-1] for row in rows] == ["bad-label", "ok"]
+    assert rows[0][-2] == hashlib.sha256(image).hexdigest()
+    assert 0 < buffer.longest <= 64 << 10
+
+
+def test_no_view_keeps_a_shard_mapped(tmp_path: Path) -> None:
+    path = shard(tmp_path / "a.tar", GOOD)
+    with open(path, "rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    samples, _ = group(walk(mapped))
+    assert {_row(mapped, found, "cls")[-1] for found in samples} == {"ok"}
+    mapped.close()  # a BufferError, were there a view
+    assert mapped.closed

@@ -277,11 +277,11 @@ def test_badloss_needs_more_than_its_neighbours(tmp_path: Path) -> None:
         "--epochs", 3, "--resolution", 8,
     )  # fmt: skip
     assert outcome.code == 3
-    assert "compares with 50 other trusted samples and the trusted set has 50" in outcome.err
+    assert "50 trusted samples can be used and --method badloss needs 51" in outcome.err
 
 
 def test_badloss_end_to_end(run_copy: Path) -> None:
-    report = sanitize.filter(run_copy, method="badloss", class_cap=None)
+    report = sanitize.filter(run_copy, method="badloss", no_class_cap=True)
     assert report.flagged == round(0.4 * SAMPLES)
     assert sanitize.filter(run_copy, method="badloss", alpha=0.05).flagged < 0.2 * SAMPLES
 

@@ -9,10 +9,10 @@ from hypothesis.extra import numpy as hnp
 from sanitize import scores
 from sanitize.errors import UsageError
 from sanitize.scores import ScoreInputs, trajectory_classifier
-from sanitize.scores.features import FOLDS, folds, log_losses, rank_fractions, ranks_within_class
+from sanitize.scores.features import FOLDS, folds, log_losses, ranks_within_class
 
 pytestmark = pytest.mark.usefixtures("few_trees")
-METHODS = ["badloss", "mahalanobis", "trajectory-classifier", "trajectory-ensemble"]
+METHODS = ["badloss", "mahalanobis", "trajectory-classifier"]
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,6 @@ def test_folds_spread_the_trusted_evenly(seed: int, trusted: int, classes: int) 
         assert counts.max() - counts.min() <= 1
 
 
-def test_log_losses_and_rank_fractions() -> None:
+def test_log_losses() -> None:
     assert log_losses(np.zeros((1, 1), np.float32))[0, 0] == pytest.approx(np.log(1e-4))
     assert log_losses(np.ones((1, 1), np.float32))[0, 0] == pytest.approx(1e-4, rel=1e-3)
-    np.testing.assert_allclose(rank_fractions(np.array([3.0, 1.0, 1.0, 9.0])), [0.75, 0.375, 0.375, 1.0])

@@ -1,7 +1,11 @@
+import errno
 import gzip
 import hashlib
+import io
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zstandard
@@ -14,11 +18,10 @@ from sanitize.corpus.sources import (
     distinct_names,
     each_shard,
     expand,
-    file_sha256,
     fingerprint,
     open_tar,
 )
-from sanitize.errors import InputError, UsageError
+from sanitize.errors import InputError, SanitizeError, UsageError
 
 PLAIN = tar(*(sample(f"{i:03d}", seed=i) for i in range(30)))
 
@@ -90,6 +93,104 @@ def test_distinct_names(folder: Path, tmp_path: Path) -> None:
     assert renamed == [*(f"trusted/data-00{i}.tar" for i in range(3)), "data-003.tar"]
 
 
+def test_distinct_names_of_oddly_named_shards() -> None:
+    def sources(*names: str) -> list[Source]:
+        return [Source(name, f"/{number}/{name}", "") for number, name in enumerate(names)]
+
+    corpus = sources("x.tar", "trusted/x.tar", "y.tar")
+    trusted = sources("x.tar", "y.tar", "trusted/y.tar", "trusted/x.tar", "z.tar")
+    renamed = [s.name for s in distinct_names(trusted, corpus)]
+    assert renamed == [
+        "trusted/trusted/x.tar",
+        "trusted/trusted/y.tar",
+        "trusted/y.tar",
+        "trusted/trusted/trusted/x.tar",
+        "z.tar",
+    ]
+    assert len({*renamed, *(s.name for s in corpus)}) == 8
+
+
+class NoCredentialsError(Exception):
+    """As botocore's: a class of its own, and one that a worker could not send to the main process."""
+
+    def __init__(self, *, reason: str) -> None:
+        super().__init__(reason)
+
+
+@pytest.fixture
+def failing() -> set[str]:
+    """The names of the calls at which the storage behind failing:// fails."""
+    import fsspec
+    from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
+
+    calls: set[str] = set()
+
+    def fail_at(call: str) -> None:
+        if call in calls:
+            raise NoCredentialsError(reason="Unable to locate credentials")
+
+    class File(MemoryFile):  # type: ignore[misc]
+        def read(self, size: int = -1) -> bytes:
+            fail_at("read")
+            return bytes(super().read(size))
+
+        def close(self) -> None:
+            super().close()
+            fail_at("close")
+
+    class FileSystem(MemoryFileSystem):  # type: ignore[misc]
+        protocol = "failing"
+
+        def exists(self, path: str, **_: Any) -> bool:
+            fail_at("exists")
+            return True
+
+        def info(self, path: str, **_: Any) -> dict[str, Any]:
+            fail_at("info")
+            changed = "yesterday" if "text" in calls else 7
+            return {"name": path, "size": 5, "mtime": changed, "type": "file"}
+
+        def _open(self, path: str, *_: Any, **__: Any) -> File:
+            fail_at("open")
+            return File(self, path, PLAIN)
+
+    fsspec.register_implementation("failing", FileSystem, clobber=True)
+    return calls
+
+
+def test_whatever_storage_raises_names_the_shard(failing: set[str], scratch: Path) -> None:
+    url = "failing://bucket/a.tar"
+    (source,) = expand(url)
+    assert fingerprint(source) == (5, 7_000_000_000)
+    assert read(source, scratch)[0] == PLAIN
+    uses: dict[str, Callable[[], object]] = {
+        "exists": lambda: expand(url),
+        "info": lambda: fingerprint(source),
+        "open": lambda: read(source, scratch),
+        "read": lambda: read(source, scratch),
+        "close": lambda: read(source, scratch),
+    }
+    for call, use in uses.items():
+        failing.clear()
+        failing.add(call)
+        with pytest.raises(InputError, match=r"a\.tar: cannot be .*NoCredentialsError: Unable to locate"):
+            use()
+    failing.clear()
+    failing.add("text")
+    with pytest.raises(InputError, match=r"a\.tar: cannot be read .*yesterday"):
+        fingerprint(source)
+
+
+def test_a_full_disk_is_not_blamed_on_the_shard(tmp_path: Path, scratch: Path) -> None:
+    class Full(io.BytesIO):
+        def write(self, data: object) -> int:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    source = store(tmp_path / "a.tar.gz", gzip.compress(PLAIN))
+    with pytest.raises(OSError, match="No space"):
+        sources._unpack(source, Full(), Stored())
+
+
 def test_memory_urls(folder: Path, scratch: Path) -> None:
     import fsspec
 
@@ -136,8 +237,38 @@ def test_folder_of_folders_says_how(folder: Path) -> None:
 
 def test_link_to_a_named_shard_is_the_same_shard(folder: Path) -> None:
     (folder / "link.tar").symlink_to(folder / "data-000.tar")
-    with pytest.raises(InputError, match="named twice"):
+    with pytest.raises(InputError, match=r"link\.tar is named twice \(once as .*/data-000\.tar\)"):
         expand(str(folder))
+
+
+def test_linked_shards_keep_their_names(tmp_path: Path, scratch: Path) -> None:
+    """As in the cache of the Hugging Face hub, where a name is a link to a file named by its hash."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    for name, packed in {"data-000.tar": PLAIN, "data-001.tar.gz": gzip.compress(PLAIN)}.items():
+        blob = tmp_path / "blobs" / hashlib.sha256(packed).hexdigest()
+        blob.write_bytes(packed)
+        (tmp_path / "snapshot" / name).symlink_to(Path("../blobs") / blob.name)
+    found = expand(f"{tmp_path}/snapshot")
+    assert [(s.name, s.compression) for s in found] == [("data-000.tar", ""), ("data-001.tar.gz", "gz")]
+    assert [s.url for s in found] == [f"{tmp_path}/snapshot/{s.name}" for s in found]
+    assert [read(s, scratch)[0] for s in found] == [PLAIN, PLAIN]
+    assert [fingerprint(s)[0] for s in found] == [len(PLAIN), len(gzip.compress(PLAIN))]
+
+
+def test_parent_of_a_link_is_where_the_link_leads(tmp_path: Path, folder: Path) -> None:
+    shard(tmp_path / "elsewhere" / "data-000.tar", [])
+    (tmp_path / "elsewhere" / "link").symlink_to(folder)
+    (source,) = expand(f"{tmp_path}/elsewhere/link/../corpus/data-000.tar")
+    assert source.url == str(folder / "data-000.tar")
+
+
+def test_spellings_of_one_folder_expand_alike(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder.parent)
+    expected = expand(str(folder))
+    assert [source.url for source in expected] == [f"{folder}/{name}" for name in names(folder)]
+    for spec in ("corpus", "corpus/", "./corpus//", f"{folder}/", f"file://{folder}/", "corpus/../corpus"):
+        assert expand(spec) == expected
 
 
 def test_pipe_needs_permission(folder: Path, scratch: Path) -> None:
@@ -173,7 +304,6 @@ def test_bytes_and_digest(tmp_path: Path, scratch: Path, name: str, packed: byte
     data, stored = read(source, scratch)
     assert data == PLAIN
     assert stored == Stored(len(packed), hashlib.sha256(packed).hexdigest(), [])
-    assert file_sha256(source) == stored.sha256
     assert fingerprint(source) == (len(packed), os.stat(source.url).st_mtime_ns)
 
 
@@ -220,7 +350,7 @@ def test_compressed_under_a_wrong_name(tmp_path: Path, scratch: Path) -> None:
 def test_vanished_shard(tmp_path: Path, scratch: Path) -> None:
     source = store(tmp_path / "a.tar", END_MARK)
     (tmp_path / "a.tar").unlink()
-    for use in (fingerprint, file_sha256, lambda s: read(s, scratch)):
+    for use in (fingerprint, lambda s: read(s, scratch)):
         with pytest.raises(InputError, match=r"a\.tar"):
             use(source)
 

@@ -1,5 +1,6 @@
 import errno
 import gzip
+import hashlib
 import io
 import os
 import tarfile
@@ -16,7 +17,7 @@ from builders import END_MARK, corpus, corrupt, global_header, member, sample, t
 from sanitize.corpus import writer
 from sanitize.corpus.index import build_index
 from sanitize.corpus.sources import Source, expand
-from sanitize.corpus.writer import verify_shard, write_shards
+from sanitize.corpus.writer import Content, Verified, verify_shard, write_shards
 from sanitize.errors import SanitizeError
 from sanitize.progress import Silent
 
@@ -32,9 +33,11 @@ class Case:
             (folder / "corpus" / name).write_bytes(data)
         self.sources = expand(str(folder / "corpus"))
         trusted = expand(str(corpus(folder / "trusted", samples=50, shards=1, first=500)))
-        self.table = build_index(
+        index = build_index(
             self.sources, trusted, label="cls", scratch=self.scratch, workers=1, progress=Silent()
-        ).table
+        )
+        self.table = index.table
+        self.digests = {record["name"]: record["sha256"] for record in index.shards}
         rows = self.table.filter(pa.compute.invert(self.table["trusted"]))
         self.keys: list[str] = rows["key"].to_pylist()
         self.bad = np.array([status != "ok" for status in rows["status"].to_pylist()])
@@ -49,6 +52,7 @@ class Case:
             scratch=self.scratch,
             workers=workers,
             progress=Silent(),
+            digests=self.digests,
         )
 
     def files(self) -> dict[str, bytes]:
@@ -71,8 +75,6 @@ def test_kept_and_quarantine_are_exact_bytes(tmp_path: Path) -> None:
         "quarantine/a.tar": tar(S[1], S[2]),
         "quarantine/b.tar": tar(S[7]),
     }
-    import hashlib
-
     assert records[0] == {
         "name": "a.tar",
         "kept": 2,
@@ -225,20 +227,130 @@ def test_shard_changed_since_the_index(tmp_path: Path) -> None:
     assert case.files() == {}
 
 
+def test_unpacked_shard_must_have_the_bytes_that_were_indexed(tmp_path: Path) -> None:
+    altered = bytearray(tar(*S))
+    altered[600] ^= 1  # same keys, same places: only the digest can tell
+    for number, (name, pack) in enumerate(
+        {"a.tar.gz": gzip.compress, "a.tar.zst": zstandard.compress}.items()
+    ):
+        (tmp_path / str(number)).mkdir()
+        case = Case(tmp_path / str(number), {name: pack(tar(*S))})
+        case.write({"k1"})
+        before = case.files()
+        Path(case.sources[0].url).write_bytes(pack(bytes(altered)))
+        with pytest.raises(SanitizeError, match=rf"{name} changed since it was indexed; start a new --out"):
+            case.write({"k1"})
+        assert case.files() == before
+
+
+def test_piped_shard_must_have_the_bytes_that_were_indexed(tmp_path: Path) -> None:
+    case = Case(tmp_path, {"a.tar": tar(*S)})
+    path = Path(case.sources[0].url)
+    case.sources = [Source("a.tar", f"pipe:cat {path}", "")]
+    case.write({"k1"})
+    assert case.files() == {"kept/a.tar": tar(S[0], *S[2:]), "quarantine/a.tar": tar(S[1])}
+    altered = bytearray(tar(*S))
+    altered[600] ^= 1
+    path.write_bytes(altered)
+    with pytest.raises(SanitizeError, match=r"a\.tar changed since it was indexed"):
+        case.write({"k1"})
+    case.digests = {}
+    with pytest.raises(KeyError):
+        case.write({"k1"})
+
+
+def test_counts_are_those_of_the_files_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # in quarantine/ the three k0 and the stray file between them lie side by side, as one group
+    data = tar(S[0], S[1], member("README", b"x"), S[0], S[2], S[0])[:-1024] + corrupt(S[3])
+    case = Case(tmp_path, {"a.tar": data})
+    (record,) = case.write({"k0"})
+    assert (record["kept"], record["quarantined"]) == (2, len(case.keys) - 2)
+    real = writer._found_rows
+    monkeypatch.setattr(writer, "_found_rows", lambda entries, starts: real(entries, starts) - 1)
+    with pytest.raises(SanitizeError, match="not those decided on"):
+        case.write({"k0"})
+    monkeypatch.setattr(writer, "_found_rows", real)
+    monkeypatch.setattr(writer, "_compare_with_webdataset", lambda *_: 1)
+    with pytest.raises(SanitizeError, match="not those decided on"):
+        case.write({"k0"})
+
+
+@pytest.mark.parametrize("workers", [1, 2])
 def test_full_disk_leaves_the_old_decision_and_no_temporary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    case = Case(tmp_path, {"a.tar": tar(*S[:3]), "b.tar": tar(*S[3:6]), "c.tar": tar(*S[6:])})
+    case.write({"k1", "k7"})
+    before = case.files()
+    assert len(before) == 5
+    real = writer._write_plain
+
+    def full_at_the_last_shard(file: Any, pieces: Any) -> None:
+        if S[7][:512] in b"".join(pieces):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(file, pieces)
+
+    monkeypatch.setattr(writer, "_write_plain", full_at_the_last_shard)
+    with pytest.raises(OSError, match="No space"):
+        case.write({"k0", "k1", "k2", "k3"}, workers)
+    assert case.files() == before
+
+
+def test_no_file_takes_its_place_before_all_are_verified(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case = Case(tmp_path, {"a.tar": tar(*S)})
-    case.write({"k1"})
-    before = case.files()
+    case = Case(tmp_path, {"a.tar": tar(*S[:4]), "b.tar": tar(*S[4:])})
+    done: list[str] = []
+    real_verify, real_replace = writer.verify_shard, os.replace
 
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def verify(*arguments: Any) -> Verified:
+        done.append("verify")
+        return real_verify(*arguments)
 
-    monkeypatch.setattr(writer, "_write_plain", full)
-    with pytest.raises(OSError, match="No space"):
-        case.write({"k2"})
-    assert case.files() == before
+    def replace(old: Path, new: Path) -> None:
+        done.append("replace")
+        real_replace(old, new)
+
+    monkeypatch.setattr(writer, "verify_shard", verify)
+    monkeypatch.setattr(os, "replace", replace)
+    case.write({"k1", "k5"})
+    assert done == ["verify"] * 4 + ["replace"] * 4
+
+
+def test_half_placed_files_are_completed_by_the_next_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case(tmp_path, {"a.tar": tar(*S[:4]), "b.tar": tar(*S[4:])})
+    case.write({"k0", "k4"})
+    expected = {"k1", "k2", "k3", "k0"}
+    with monkeypatch.context() as patch:
+        real = os.replace
+        calls = iter([real])
+
+        def replace(old: Path, new: Path) -> None:
+            next(calls, stop)(old, new)
+
+        def stop(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr(os, "replace", replace)
+        with pytest.raises(KeyboardInterrupt):
+            case.write(expected)
+    assert not list(case.out.rglob("*.tmp"))
+    case.write(expected)
+    assert case.files() == {"quarantine/a.tar": tar(*S[:4]), "kept/b.tar": tar(*S[4:])}
+
+
+@pytest.mark.parametrize("ending", [".tar", ".tar.gz"])
+def test_names_as_long_as_a_file_name_may_be(tmp_path: Path, ending: str) -> None:
+    pack = gzip.compress if ending.endswith("gz") else bytes
+    long = ["é" * 124 + "x" * (255 - 248 - len(ending)) + ending, "y" * (252 - len(ending)) + ending]
+    assert [len(os.fsencode(name)) for name in long] == [255, 252]
+    case = Case(tmp_path, {long[0]: pack(tar(*S[:4])), long[1]: pack(tar(*S[4:])[:-1500])})
+    case.write({"k0", "k4"})
+    assert sorted(case.files()) == sorted(
+        f"{folder}/{name}" for folder in ("kept", "quarantine") for name in long
+    )
 
 
 def test_a_shard_is_replaced_as_a_whole_or_not_at_all(
@@ -249,10 +361,10 @@ def test_a_shard_is_replaced_as_a_whole_or_not_at_all(
     before = case.files()
     real = writer.verify_shard
 
-    def refuse_quarantine(source: Source, pieces: Any, keys: list[str] | None, scratch: Path) -> str:
+    def refuse_quarantine(source: Source, content: Any, keys: list[str] | None, scratch: Path) -> Verified:
         if keys is None:
             raise SanitizeError("as if the disk had failed")
-        return real(source, pieces, keys, scratch)
+        return real(source, content, keys, scratch)
 
     monkeypatch.setattr(writer, "verify_shard", refuse_quarantine)
     with pytest.raises(SanitizeError, match="as if"):
@@ -277,10 +389,12 @@ def written(path: Path, data: bytes) -> Source:
 def test_verify_finds_every_kind_of_difference(tmp_path: Path) -> None:
     good = tar(S[0], S[1])
 
-    def verify(data: bytes, meant: bytes, keys: list[str] | None) -> str:
-        return verify_shard(written(tmp_path / "a.tar", data), [meant], keys, tmp_path)
+    def verify(data: bytes, meant: bytes, keys: list[str] | None, starts: tuple[int, ...] = ()) -> Verified:
+        starts = starts or (0, len(S[0]))
+        return verify_shard(written(tmp_path / "a.tar", data), Content([meant], starts), keys, tmp_path)
 
-    assert len(verify(good, good, ["k0", "k1"])) == 64
+    expected = Verified(len(good), hashlib.sha256(good).hexdigest(), 2)
+    assert verify(good, good, ["k0", "k1"]) == verify(good, good, None) == expected
     flipped = bytearray(good)
     flipped[600] ^= 1
     for data in (bytes(flipped), good[:-512], good + bytes(512)):
@@ -289,6 +403,9 @@ def test_verify_finds_every_kind_of_difference(tmp_path: Path) -> None:
     for keys in (["k0"], ["k1", "k0"], ["k0", "k1", "k2"]):
         with pytest.raises(SanitizeError, match="not those decided on"):
             verify(good, good, keys)
+    for starts in ((0, len(S[0]) + 1), (0, len(S[0]), len(S[0] + S[1])), (0, 1024 + len(S[0]))):
+        with pytest.raises(SanitizeError, match="not those decided on"):
+            verify(good, good, None, starts)
     for unclean in (S[0], tar(S[0])[:-1100], corrupt(good)):
         with pytest.raises(SanitizeError, match="no clean tar"):
             verify(unclean, unclean, None)
@@ -298,14 +415,14 @@ def test_verify_asks_webdataset_itself(tmp_path: Path, monkeypatch: pytest.Monke
     twice = tar(member("a.jpg", b"1") + member("a.JPG", b"2"))
     source = written(tmp_path / "a.tar", twice)
     with pytest.raises(SanitizeError, match="webdataset does not read"):
-        verify_shard(source, [twice], ["a"], tmp_path)
+        verify_shard(source, Content([twice], [0]), ["a"], tmp_path)
     good = written(tmp_path / "b.tar", tar(S[0]))
     monkeypatch.setattr("webdataset.tariterators.base_plus_ext", lambda name: ("other", "jpg"))
     monkeypatch.setattr(
         "webdataset.tariterators.group_by_keys.__defaults__", (lambda n: ("o", n[-3:]), True, None, None)
     )
     with pytest.raises(SanitizeError, match="differently than it was written"):
-        verify_shard(good, [tar(S[0])], ["k0"], tmp_path)
+        verify_shard(good, Content([tar(S[0])], [0]), ["k0"], tmp_path)
 
 
 def test_end_mark_is_two_zero_blocks() -> None:
@@ -320,6 +437,6 @@ def test_a_job_carries_only_its_own_rows(tmp_path: Path) -> None:
     wide = wide.set_column(2, "key", pa.array(["k" * 10_000] * wide.num_rows))
     corpus_rows = wide.filter(pa.compute.invert(wide["trusted"]))
     flagged = np.zeros(corpus_rows.num_rows, bool)
-    jobs = writer._jobs(case.sources, corpus_rows, flagged, case.out, case.scratch)
+    jobs = writer._jobs(case.sources, corpus_rows, flagged, case.out, case.scratch, None)
     assert [job.rows.num_rows for job in jobs] == [8] * 4
     assert len(pickle.dumps(jobs[0])) < 100_000

@@ -57,7 +57,7 @@ def main():
             trusted=trusted,
             seed=0,
         )
-        for method in ("mahalanobis", "trajectory-classifier", "trajectory-ensemble"):
+        for method in ("mahalanobis", "trajectory-classifier"):
             seconds, _ = timed(scores.score, method, inputs)
             print(f"{samples:,} x {epochs}: {method} {seconds:.1f} s", flush=True)
 

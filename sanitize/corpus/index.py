@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sanitize.config import MIN_TRUSTED
-from sanitize.corpus.labels import BadLabelError, class_names, label_extension, read_label
+from sanitize.corpus.labels import MAX_MEMBER_BYTES, BadLabelError, class_names, label_extension, read_label
 from sanitize.corpus.shards import IMAGE_EXTENSIONS, Sample, account, group, walk
 from sanitize.corpus.sources import Buffer, Source, Stored, each_shard, fingerprint, open_tar
 from sanitize.errors import InputError
@@ -119,7 +119,7 @@ def build_index(
     Raises:
         InputError: an unreadable shard, one in both lists, or no corpus or trusted set to work with.
     """
-    both = {source.url for source in corpus} & {source.url for source in trusted}
+    both = {source.identity for source in corpus} & {source.identity for source in trusted}
     if both:
         raise InputError(f"{min(both)} is both corpus and trusted; trusted samples must be their own shards")
     jobs = [_Job(s, False, label, scratch) for s in corpus] + [_Job(s, True, label, scratch) for s in trusted]
@@ -167,6 +167,7 @@ def _index_shard(job: _Job) -> _Shard:
     record = {
         "name": source.name,
         "url": source.url,
+        "compression": source.compression,
         "trusted": job.trusted,
         "bytes": stored.raw_bytes,
         "tar_bytes": tar_bytes,
@@ -195,8 +196,14 @@ def _row(buffer: Buffer, sample: Sample, label_spec: str) -> tuple[Any, ...]:
     if len(images) != 1:
         return key, sample.start, sample.end, -1, -1, label, None, status
     image = members[min(images)]
-    digest = hashlib.sha256(buffer[image.data : image.data + image.size]).hexdigest()
+    digest = _sha256(buffer, image.data, image.data + image.size)
     return key, sample.start, sample.end, image.data, image.size, label, digest, status
+
+
+def _sha256(buffer: Buffer, start: int, end: int) -> str:
+    """Of a part, without a copy; a view that stays open would keep the map of the shard open."""
+    with memoryview(buffer) as whole, whole[start:end] as part:
+        return hashlib.sha256(part).hexdigest()
 
 
 def _label(buffer: Buffer, sample: Sample, spec: str) -> str | None:
@@ -204,6 +211,8 @@ def _label(buffer: Buffer, sample: Sample, spec: str) -> str | None:
     entry = sample.members.get(extension)
     if entry is None:
         return None
+    if entry.size > MAX_MEMBER_BYTES:  # before it is copied
+        raise BadLabelError(f"label member of {entry.size:,} bytes")
     return read_label(spec, {extension: buffer[entry.data : entry.data + entry.size]})
 
 

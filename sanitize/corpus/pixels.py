@@ -51,7 +51,7 @@ def decode(data: bytes, resolution: int | None) -> npt.NDArray[np.uint8]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return _decode(data, resolution)
-    except Image.DecompressionBombError:
+    except (Image.DecompressionBombError, MemoryError):
         raise ImageError("too-large") from None
     # Pillow's decoders raise almost anything on damaged files, SyntaxError and struct.error among them.
     except (OSError, ValueError, SyntaxError, ArithmeticError, LookupError, TypeError, EOFError) as error:
@@ -80,8 +80,9 @@ def _decode(data: bytes, resolution: int | None) -> npt.NDArray[np.uint8]:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image).astype(np.float64) / 257
-        return Image.fromarray(values.clip(0, 255).round().astype(np.uint8)).convert("RGB")
+        # In integers: floats would take 16 bytes a pixel while they last.
+        values = np.asarray(image).clip(0, 65_535).astype(np.uint16)
+        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:
         return image.convert("RGBA").convert("RGB")
     return image.convert("RGB")

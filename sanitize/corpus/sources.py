@@ -10,11 +10,13 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import subprocess
+import sys
 import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
@@ -51,13 +53,18 @@ class Source:
     name: str
     """File name in kept/ and in reports, unique in its list: posix, relative, without `..`."""
     url: str
-    """Absolute local path, fsspec URL, or ``pipe:COMMAND``."""
+    """Absolute local path (symbolic links kept), fsspec URL, or ``pipe:COMMAND``."""
     compression: str
     """``""``, ``gz`` or ``zst``."""
 
     @property
     def local(self) -> bool:
-        return not self.url.startswith("pipe:") and "://" not in self.url
+        return _is_local(self.url)
+
+    @property
+    def identity(self) -> str:
+        """Equal for two names of one file: the path without symbolic links, or the URL."""
+        return _identity(self.url)
 
 
 @dataclass
@@ -82,21 +89,44 @@ def expand(spec: str, *, allow_pipe: bool = False) -> list[Source]:
         UsageError: ``pipe:`` without `allow_pipe`.
     """
     urls = [url for piece in spec.split("::") for url in _resolve(piece.strip(), Path(), allow_pipe)]
-    seen: set[str] = set()
-    for url in urls:
-        if url in seen and not url.startswith("pipe:"):
-            raise InputError(f"{url} is named twice in {spec!r}; name every shard once")
-        seen.add(url)
+    _refuse_repeated(urls, spec)
     return [Source(name, url, _compression(url)) for name, url in zip(_unique_names(urls), urls, strict=True)]
 
 
+def _refuse_repeated(urls: list[str], spec: str) -> None:
+    seen: dict[str, str] = {}
+    for url in urls:
+        identity = _identity(url)
+        if identity in seen and not url.startswith("pipe:"):
+            link = "" if seen[identity] == url else f" (once as {seen[identity]})"
+            raise InputError(f"{url} is named twice{link} in {spec!r}; name every shard once")
+        seen[identity] = url
+
+
 def distinct_names(trusted: Sequence[Source], corpus: Sequence[Source]) -> list[Source]:
-    """The trusted shards, renamed ``trusted/NAME`` where a corpus shard has the same name."""
-    taken = {source.name for source in corpus}
-    return [
-        replace(source, name=f"trusted/{source.name}") if source.name in taken else source
-        for source in trusted
-    ]
+    """The trusted shards, renamed ``trusted/NAME`` where a corpus shard has the same name.
+
+    The prefix is repeated until no other shard has the name.
+    """
+    in_corpus = {source.name for source in corpus}
+    taken = in_corpus | {source.name for source in trusted}
+    named = []
+    for source in trusted:
+        name = source.name
+        if name in in_corpus:
+            while name in taken:
+                name = f"trusted/{name}"
+            taken.add(name)
+        named.append(replace(source, name=name))
+    return named
+
+
+def _is_local(url: str) -> bool:
+    return not url.startswith("pipe:") and "://" not in url
+
+
+def _identity(url: str) -> str:
+    return os.path.realpath(url) if _is_local(url) else url
 
 
 def _resolve(piece: str, base: Path, allow_pipe: bool) -> list[str]:
@@ -161,7 +191,15 @@ def _resolve_local(path: Path) -> list[str]:
         _check_ending(name)
         if os.path.isdir(name):
             raise InputError(f"{name} is a folder; a shard is a file")
-    return [os.path.realpath(name) for name in found]
+    return [_absolute(name) for name in found]
+
+
+def _absolute(path: str) -> str:
+    """Absolute, but with the names that links have: in a Hugging Face cache every shard is a link."""
+    folder, name = os.path.split(path)
+    if ".." in folder.split(os.sep):  # behind a link, `..` is not the folder that is written before it
+        return os.path.join(os.path.realpath(folder), name)
+    return os.path.abspath(path)
 
 
 def _nothing_in(folder: Path) -> str:
@@ -173,7 +211,7 @@ def _nothing_in(folder: Path) -> str:
 def _resolve_remote(url: str) -> list[str]:
     import fsspec
 
-    try:
+    with _storage_errors(f"{url}: cannot be listed"):
         filesystem, path = fsspec.url_to_fs(url)
         if _GLOB.search(urlsplit(url).path):
             found = [filesystem.unstrip_protocol(name) for name in sorted(filesystem.glob(path))]
@@ -182,8 +220,6 @@ def _resolve_remote(url: str) -> list[str]:
         else:
             listing = sorted(filesystem.ls(path, detail=False)) if filesystem.isdir(path) else [url]
             found = [filesystem.unstrip_protocol(name) for name in listing if _ending(name)] or [url]
-    except (OSError, ValueError, ImportError) as error:
-        raise InputError(f"{url}: cannot be listed ({error})") from error
     if not found:
         raise InputError(f"{url} does not exist, or nothing matches it")
     for name in found:
@@ -231,13 +267,23 @@ def _unique_names(urls: list[str]) -> list[str]:
     return relative
 
 
+@contextmanager
+def _storage_errors(what: str) -> Iterator[None]:
+    """Turn whatever the storage raises into an InputError that begins with `what`."""
+    try:
+        yield
+    except Exception as error:  # broad: fsspec back ends raise their own, such as botocore's and aiohttp's
+        reason = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        raise InputError(f"{what} ({reason})") from error
+
+
 def fingerprint(source: Source) -> tuple[int, int]:
     """Stored size in bytes and modification time in ns; 0 for what the storage does not tell.
 
     Raises:
-        InputError: the shard is not there any more.
+        InputError: the shard is not there any more, or its storage does not answer.
     """
-    try:
+    with _storage_errors(f"{source.name}: cannot be read"):
         if source.local:
             facts = os.stat(source.url)
             return facts.st_size, facts.st_mtime_ns
@@ -250,21 +296,6 @@ def fingerprint(source: Source) -> tuple[int, int]:
         changed = info.get("mtime") or info.get("LastModified") or info.get("created") or 0
         seconds = changed.timestamp() if hasattr(changed, "timestamp") else changed
         return int(info.get("size") or 0), int(float(seconds) * 1e9)
-    except OSError as error:
-        raise InputError(f"{source.name}: cannot be read ({error})") from error
-
-
-def file_sha256(source: Source) -> str:
-    """Hex SHA-256 of the stored bytes, compressed if they are stored so.
-
-    Raises:
-        InputError: the shard cannot be read.
-    """
-    digest = hashlib.sha256()
-    with _raw_stream(source) as raw:
-        while chunk := raw.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 @contextmanager
@@ -321,17 +352,18 @@ def _raw_stream(source: Source) -> Iterator[IO[bytes]]:
         with _pipe_stream(source) as stream:
             yield stream
         return
-    try:
+    with _storage_errors(f"{source.name}: cannot be read"):
         if source.local:
             opened: Any = open(source.url, "rb")  # noqa: SIM115
         else:
             import fsspec
 
             opened = fsspec.open(source.url, "rb").open()
-    except (OSError, ValueError, ImportError) as error:
-        raise InputError(f"{source.name}: cannot be read ({error})") from error
-    with opened:
+    try:
         yield opened
+    finally:
+        with _storage_errors(f"{source.name}: cannot be read"):
+            opened.close()
 
 
 @contextmanager
@@ -356,11 +388,12 @@ def _pipe_stream(source: Source) -> Iterator[IO[bytes]]:
 class _Reader:
     """Counts, hashes and hands out the stored bytes; never gives more than asked for."""
 
-    def __init__(self, raw: IO[bytes], stored: Stored) -> None:
-        self._raw, self._stored, self.digest = raw, stored, hashlib.sha256()
+    def __init__(self, name: str, raw: IO[bytes], stored: Stored) -> None:
+        self._name, self._raw, self._stored, self.digest = name, raw, stored, hashlib.sha256()
 
     def read(self, size: int) -> bytes:
-        chunk = self._raw.read(size)
+        with _storage_errors(f"{self._name}: cannot be read"):
+            chunk = self._raw.read(size)
         self.digest.update(chunk)
         self._stored.raw_bytes += len(chunk)
         return chunk
@@ -371,7 +404,7 @@ def _unpack(source: Source, target: IO[bytes], stored: Stored) -> None:
     unpack = {"": _plain_chunks, "gz": _gzip_chunks, "zst": _zstd_chunks}[source.compression]
     written = 0
     with _raw_stream(source) as raw:
-        reader = _Reader(raw, stored)
+        reader = _Reader(source.name, raw, stored)
         try:
             for chunk in unpack(reader):
                 written += len(chunk)
@@ -454,11 +487,16 @@ def _zstd_chunks(reader: _Reader) -> Iterator[bytes]:
 
 def each_shard(
     function: Callable[[_Job], _Result], jobs: Sequence[_Job], workers: int, *, remote: bool = False
-) -> Iterator[_Result]:
+) -> Generator[_Result, None, None]:
     """Results of `function` over `jobs`, in order, computed in `workers` processes (1: in this one).
+
+    On Linux the workers die with this process, however it ends.
 
     Args:
         remote: start fresh processes instead of forks, which network file systems do not survive.
+
+    Raises:
+        SanitizeError: a worker was killed; or what `function` raises.
     """
     workers = min(workers, len(jobs))
     if workers <= 1:
@@ -466,7 +504,9 @@ def each_shard(
         return
     fork = not remote and "fork" in multiprocessing.get_all_start_methods() and os.uname().sysname == "Linux"
     context = multiprocessing.get_context("fork" if fork else "spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context)
+    pool = ProcessPoolExecutor(
+        workers, mp_context=context, initializer=_die_with_parent, initargs=(os.getpid(),)
+    )
     try:
         yield from pool.map(function, jobs)
     except BrokenProcessPool:
@@ -476,3 +516,18 @@ def each_shard(
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _die_with_parent(parent: int) -> None:
+    """Have Linux kill this worker when the thread that started it ends: that is the one in `each_shard`.
+
+    A fork holds the lock of the run folder; a worker that outlived its parent would keep the next run out.
+    """
+    if sys.platform != "linux":
+        return
+    import ctypes
+
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the call
+        os._exit(1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import math
 import time
@@ -43,6 +42,10 @@ class Setup:
     dtype: str
     """``bfloat16`` or ``float32``: of the matrix products; weights and losses are float32."""
     batch: int
+    threads: int
+    """Of the CPU; sums depend on it in their last bits. 0 on CUDA."""
+    torch: str
+    """Version."""
 
 
 def setup(config: ProxyConfig, samples: int) -> Setup:
@@ -80,6 +83,8 @@ def setup(config: ProxyConfig, samples: int) -> Setup:
         device=device,
         dtype="bfloat16" if bf16 else "float32",
         batch=128 if samples <= 100_000 else 256,
+        threads=torch.get_num_threads() if device == "cpu" else 0,
+        torch=torch.__version__,
     )
 
 
@@ -87,7 +92,7 @@ def build(proxy: str, classes: int, resolution: int) -> nn.Module:
     """An untrained network for (B, 3, resolution, resolution) float32 images.
 
     `small` is a residual network of widths 32-64-128 on a quarter of the pixels: two thirds of the work of
-    a 16-32-64-128 network at full size, and as good at telling poison apart (docs/benchmarks.md).
+    a 16-32-64-128 network at full size (docs/log.md).
     """
     from torch import nn
 
@@ -179,22 +184,42 @@ def train(
         Mean loss in nats, over the finite ones, and accuracy of each epoch.
 
     Raises:
-        TrainingError: the loss of more than one sample in a hundred is not finite.
-        UsageError: the network cannot be trained on images of this size.
+        TrainingError: the loss of more than one sample in a hundred is not finite, or GPU memory ran out.
 
     Source: Alex et al., ICLR 2025, arXiv 2408.13221, section 4.1 and appendix H.
     """
     import torch
 
+    try:
+        return _train(samples, config, resolved, trajectories, checkpoint, progress)
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"the GPU's memory ran out ({str(error).splitlines()[0]}); take a smaller --proxy or "
+            "--resolution, or --device cpu, and a new --out"
+        ) from None
+    finally:
+        if resolved.device == "cuda":
+            torch.cuda.empty_cache()  # FAISS allocates on its own
+
+
+def _train(
+    samples: Samples,
+    config: ProxyConfig,
+    resolved: Setup,
+    trajectories: npt.NDArray[np.float32],
+    checkpoint: Path,
+    progress: Progress,
+) -> tuple[list[float], list[float]]:
+    import torch
+
     device = torch.device(resolved.device)
     with _seeded(device, config.seed):
         network = build(resolved.proxy, samples.classes, samples.pixels.shape[1])
-        _check_fits(network, resolved.proxy, samples.pixels.shape[1])
     network = network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(
         network.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY, foreach=True
     )
-    first, epoch_loss, accuracy = _restore(checkpoint, network, optimizer, resolved.device)
+    first, epoch_loss, accuracy = _restore(checkpoint, network, optimizer)
     batches = _Batches(samples, resolved)
     passes = 2 if config.trajectory == "eval" else 1
     with progress.stage("train", passes * (config.epochs - first) * len(samples.rows), "samples") as advance:
@@ -233,20 +258,23 @@ def _seeded(device: torch.device, seed: int) -> Iterator[None]:
         yield
 
 
-def _check_fits(network: nn.Module, proxy: str, resolution: int) -> None:
-    """Some torchvision networks take only large images, or return more than logits while they train."""
+def check_fits(proxy: str, resolution: int) -> None:
+    """Refuse networks that take only larger images, or return more than logits while they train.
+
+    Raises:
+        UsageError: `proxy` cannot train at `resolution`.
+    """
     import torch
 
     try:
-        # a copy, because batch norm counts what it sees
-        logits = copy.deepcopy(network).train()(torch.zeros(2, 3, resolution, resolution))
+        logits = build(proxy, 2, resolution).train()(torch.zeros(2, 3, resolution, resolution))
     except (RuntimeError, AssertionError, ValueError) as error:
         raise UsageError(
             f"--proxy {proxy} cannot train on {resolution} px images ({str(error).splitlines()[0]}); take "
-            "resnet18, or another --resolution, and a new --out"
+            "resnet18, or another --resolution"
         ) from None
     if not isinstance(logits, torch.Tensor):
-        raise UsageError(f"--proxy {proxy} has several outputs; take resnet18 for one, and a new --out")
+        raise UsageError(f"--proxy {proxy} has several outputs; take resnet18 for one")
 
 
 def time_one_epoch(samples: Samples, config: ProxyConfig, resolved: Setup) -> float:
@@ -254,7 +282,6 @@ def time_one_epoch(samples: Samples, config: ProxyConfig, resolved: Setup) -> fl
     import torch
 
     network = build(resolved.proxy, samples.classes, samples.pixels.shape[1])
-    _check_fits(network, resolved.proxy, samples.pixels.shape[1])
     network = network.to(resolved.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(network.parameters(), LEARNING_RATE)
     batches = _Batches(samples, resolved)
@@ -278,13 +305,14 @@ def _refuse_divergence(row: npt.NDArray[np.float32], epoch: int) -> None:
 
 
 def _restore(
-    checkpoint: Path, network: nn.Module, optimizer: torch.optim.Optimizer, device: str
+    checkpoint: Path, network: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[int, list[float], list[float]]:
     import torch
 
     if not checkpoint.exists():
         return 0, [], []
-    state = torch.load(checkpoint, map_location=device, weights_only=True)
+    # On the CPU, because AdamW keeps its step counter where it finds it, and on a GPU every step would sync.
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
     network.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     return len(state["epoch_loss"]), state["epoch_loss"], state["accuracy"]
@@ -295,7 +323,7 @@ def _learning_rate(epoch: int, epochs: int) -> float:
 
 
 class _Batches:
-    """Batches of normalised images; the pixels live on the GPU when they fit."""
+    """Batches of normalised images; the pixels live on the GPU when they fit (`home`)."""
 
     def __init__(self, samples: Samples, resolved: Setup) -> None:
         import torch
@@ -303,15 +331,15 @@ class _Batches:
         self.device = torch.device(resolved.device)
         self.dtype = getattr(torch, resolved.dtype)
         self.batch = resolved.batch
-        self.rows = torch.from_numpy(samples.rows.astype(np.int64))
         self.labels = torch.from_numpy(samples.class_id[samples.rows].astype(np.int64)).to(self.device)
         with warnings.catch_warnings():
             # A read-only memmap is fine: nothing writes to this tensor.
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             self._pixels = torch.from_numpy(samples.pixels)
         self._resident = self.device.type == "cuda" and _fits(self._pixels)
-        if self._resident:
-            self._pixels = self._pixels.to(self.device)
+        self.home = self.device if self._resident else torch.device("cpu")
+        self._pixels = self._pixels.to(self.home)
+        self.rows = torch.from_numpy(samples.rows.astype(np.int64)).to(self.home)
         mean, std = _channel_statistics(samples)
         self._mean = torch.tensor(mean, device=self.device).view(1, 3, 1, 1)
         self._scale = 1 / torch.tensor(std, device=self.device).view(1, 3, 1, 1)
@@ -322,14 +350,14 @@ class _Batches:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
     def __call__(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Normalised (B, 3, H, W) float32 images and (B,) int64 labels of the given positions in `rows`."""
-        rows = self.rows[positions]
-        if self._resident:
-            images = self._pixels[rows.to(self.device)]
-        elif self.device.type == "cuda":
-            images = self._pixels[rows].pin_memory().to(self.device, non_blocking=True)
-        else:
-            images = self._pixels[rows]
+        """Normalised (B, 3, H, W) float32 images and (B,) int64 labels.
+
+        Args:
+            positions: (B,) int64 on `home`, which samples of `rows`.
+        """
+        images = self._pixels[self.rows[positions]]
+        if self.home != self.device:
+            images = images.pin_memory().to(self.device, non_blocking=True)
         images = images.permute(0, 3, 1, 2).float().sub_(self._mean).mul_(self._scale)
         return images, self.labels[positions.to(self.device)]
 
@@ -361,10 +389,11 @@ def _train_epoch(
     from torch.nn import functional
 
     network.train()
-    order = np.random.default_rng([seed, epoch]).permutation(len(batches.rows))
+    shuffled = np.random.default_rng([seed, epoch]).permutation(len(batches.rows))
+    order = torch.from_numpy(shuffled).to(batches.home)
     losses = torch.empty(len(order), device=batches.device)
     correct = torch.zeros((), device=batches.device)
-    for positions in _split(torch.from_numpy(order), batches.batch):
+    for positions in _split(order, batches.batch):
         images, labels = batches(positions)
         with batches.autocast():
             logits = network(images)
@@ -397,12 +426,10 @@ def _evaluate(network: nn.Module, batches: _Batches, advance: Any) -> tuple[npt.
     losses = torch.empty(len(batches.rows), device=batches.device)
     correct = torch.zeros((), device=batches.device)
     with torch.inference_mode(), batches.autocast():
-        for positions in torch.split(torch.arange(len(batches.rows)), EVAL_BATCH):
+        for positions in torch.split(torch.arange(len(batches.rows), device=batches.home), EVAL_BATCH):
             images, labels = batches(positions)
             logits = network(images).float()
-            losses[positions[0] : positions[-1] + 1] = functional.cross_entropy(
-                logits, labels, reduction="none"
-            )
+            losses[positions.to(batches.device)] = functional.cross_entropy(logits, labels, reduction="none")
             correct += (logits.argmax(1) == labels).sum()
             advance(len(positions))
     return losses.cpu().numpy(), float(correct) / len(losses)

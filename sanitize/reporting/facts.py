@@ -145,7 +145,7 @@ def take(data: RunData, rows: Rows) -> list[Facts]:
 
 
 def most_suspicious(data: RunData, among: Mask, count: int) -> Rows:
-    """Rows of `among`, highest raw score first (anomaly scores may tie at their top)."""
+    """Rows of `among`, highest anomaly score first; ties, as at its top, by the decision score."""
     rows = np.flatnonzero(among)
     raw = data.raw_scores[rows]
     first = np.where(np.isfinite(raw), raw, -np.inf)
@@ -172,7 +172,7 @@ def collect(data: RunData) -> Facts:
         "shards": _shards(manifest),
         "notes": [str(note) for note in manifest.get("notes") or []],
         "training": manifest.get("training") or {},
-        "settings": manifest.get("config") or {},
+        "settings": {k: v for k, v in (manifest.get("config") or {}).items() if k != "decision"},
         "versions": manifest.get("versions") or {},
         "stages": manifest.get("stages") or {},
         "limits": limits(manifest),
@@ -531,7 +531,7 @@ def _sentence(counts: Facts, excess: Facts, standing_out: int, shared: int) -> t
 
 def _next_steps(code: str, run: RunDir, counts: Facts, where_known: bool, decision: Facts) -> list[Facts]:
     option = "reject" if decision.get("reject") is not None else "alpha"
-    half = (decision.get(option) or 0.1) / 2
+    half = max((decision.get(option) or 0.1) / 2, 0.01)
     command = f"sanitize filter {shlex.quote(str(run.path))} --{option} {half:g}"
     steps: list[Facts] = []
     if code == "fewer":

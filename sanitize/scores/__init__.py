@@ -32,6 +32,8 @@ class ScoreInputs:
     trusted: npt.NDArray[np.bool_]
     """(N,) True for trusted samples."""
     seed: int
+    gpu: bool = False
+    """Whether FAISS may use the GPU."""
 
     def __post_init__(self) -> None:
         samples = len(self.trajectories)

@@ -5,30 +5,22 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from sanitize.errors import InputError
 from sanitize.scores import ScoreInputs
 from sanitize.scores.knn import nearest_distances
 
 K = 50
+MIN_TRUSTED = K + 1
+"""A trusted sample needs 50 others."""
 _EPSILON = 1e-8
 
 
 def score(inputs: ScoreInputs) -> npt.NDArray[np.float32]:
-    """BaDLoss with the published k = 50; higher = more suspicious.
-
-    Raises:
-        InputError: 50 trusted samples or fewer.
-    """
-    if inputs.trusted.sum() <= K:
-        raise InputError(
-            f"--method badloss compares with {K} other trusted samples and the trusted set has "
-            f"{inputs.trusted.sum()}; add some, or take another --method"
-        )
-    return badloss_scores(inputs.trajectories, inputs.trusted, K)
+    """BaDLoss with the published k = 50; higher = more suspicious."""
+    return badloss_scores(inputs.trajectories, inputs.trusted, K, inputs.gpu)
 
 
 def badloss_scores(
-    trajectories: npt.NDArray[np.float32], trusted: npt.NDArray[np.bool_], k: int = K
+    trajectories: npt.NDArray[np.float32], trusted: npt.NDArray[np.bool_], k: int = K, gpu: bool = False
 ) -> npt.NDArray[np.float32]:
     """Mean log distance of every loss trajectory to its k nearest trusted ones.
 
@@ -39,6 +31,7 @@ def badloss_scores(
         trajectories: (N, E) float32, cross-entropy in nats, finite.
         trusted: (N,) bool, more than k True.
         k: neighbours, 1 <= k < trusted.sum().
+        gpu: use the first GPU, if FAISS finds one.
 
     Returns:
         (N,) float32, unbounded; higher = more suspicious.
@@ -54,9 +47,9 @@ def badloss_scores(
     if not 1 <= k < count:
         raise ValueError(f"k = {k} needs more than {k} trusted samples, there are {count}")
     references = trajectories[trusted]
-    scores = _mean_log(nearest_distances(trajectories, references, k))
+    scores = _mean_log(nearest_distances(trajectories, references, k, gpu))
     # The nearest reference of a trusted sample is itself (or a twin at the same distance, zero).
-    scores[trusted] = _mean_log(nearest_distances(references, references, k + 1)[:, 1:])
+    scores[trusted] = _mean_log(nearest_distances(references, references, k + 1, gpu)[:, 1:])
     return scores
 
 

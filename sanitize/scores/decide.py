@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from sanitize.config import DecisionConfig
+from sanitize.errors import InputError
 from sanitize.scores import ScoreInputs
 from sanitize.scores.features import log_losses
 
@@ -48,7 +50,11 @@ def decide(
         class_id: (N,) int32.
         trusted: (N,) bool.
         config: alpha or reject, and the per-class cap.
+
+    Raises:
+        InputError: alpha is below what so few trusted samples can tell.
     """
+    check_alpha(config.alpha, int(trusted.sum()))
     centred = centre_within_class(scores, class_id)
     p_value = conformal_p_values(centred, trusted)
     if config.alpha is not None:
@@ -69,6 +75,15 @@ def decide(
         threshold=float(scores[wanted].min()) if wanted.any() else None,
         trusted_flagged_ratio=float(over[trusted].mean()),
     )
+
+
+def check_alpha(alpha: float | None, trusted: int) -> None:
+    """No p-value is below 1 / (trusted + 1): a smaller alpha would flag nothing, whatever there is."""
+    if alpha is not None and alpha < 1 / (trusted + 1):
+        raise InputError(
+            f"--alpha {alpha:g} needs at least {math.ceil(1 / alpha) - 1} usable trusted samples and there "
+            f"are {trusted}; take --alpha {math.ceil(1000 / (trusted + 1)) / 1000:g} or more, or --reject"
+        )
 
 
 def conformal_p_values(

@@ -50,11 +50,3 @@ def folds(
     rows = rows[np.argsort(class_id[rows], kind="stable")]
     fold[rows] = np.arange(len(rows)) % FOLDS
     return fold
-
-
-def rank_fractions(values: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
-    """Ranks scaled to (0, 1], ties averaged; (N,) float32."""
-    from scipy.stats import rankdata
-
-    fractions: npt.NDArray[np.float32] = (rankdata(values) / len(values)).astype(np.float32)
-    return fractions

@@ -1,4 +1,4 @@
-"""Nearest neighbours by FAISS, on the GPU when there is one. The only file that imports faiss."""
+"""Nearest neighbours by FAISS, on the GPU where the scan uses one. The only file that imports faiss."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _BATCH = 65_536
 
 
 def nearest_distances(
-    queries: npt.NDArray[np.float32], references: npt.NDArray[np.float32], k: int
+    queries: npt.NDArray[np.float32], references: npt.NDArray[np.float32], k: int, gpu: bool = False
 ) -> npt.NDArray[np.float32]:
     """Euclidean distances of every query to its k nearest references, exact, ascending.
 
@@ -19,6 +19,7 @@ def nearest_distances(
         queries: (N, D) float32.
         references: (M, D) float32, M >= k.
         k: neighbours, 1 <= k <= M.
+        gpu: use the first GPU, if FAISS finds one.
 
     Returns:
         (N, k) float32.
@@ -31,7 +32,7 @@ def nearest_distances(
     import faiss
 
     index: Any = faiss.IndexFlatL2(references.shape[1])
-    if getattr(faiss, "get_num_gpus", int)() > 0:
+    if gpu and getattr(faiss, "get_num_gpus", int)() > 0:
         index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
     index.add(np.ascontiguousarray(references, dtype=np.float32))
     distances = np.empty((len(queries), k), np.float32)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -53,6 +55,16 @@ def _out_of_fold_odds(
         )
         forest.fit(features[rows], ~inputs.trusted[rows], sample_weight=weights)
         judged = fold == held_out
-        share = forest.predict_proba(features[judged])[:, 1].clip(1e-6, 1 - 1e-6)
+        share = _share_of_pool(forest, features[judged]).clip(1e-6, 1 - 1e-6)
         odds[judged] = np.log(share) - np.log1p(-share)
     return odds
+
+
+def _share_of_pool(forest: Any, features: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    """Probability of "pool". Threads take rows, not trees, whose sum would depend on which comes first."""
+    from joblib import Parallel, delayed
+
+    forest.set_params(n_jobs=1)
+    blocks = np.array_split(features, max(1, len(features) // 5_000))
+    judged = Parallel(n_jobs=-1, prefer="threads")(delayed(forest.predict_proba)(rows) for rows in blocks)
+    return np.concatenate([shares[:, 1] for shares in judged])
