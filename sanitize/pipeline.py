@@ -358,7 +358,14 @@ def _write(run: RunDir, corpus: list[Source], progress: Progress) -> None:
             zero_copy_only=False
         )
         records = write_shards(
-            corpus, table, flagged, run.path, scratch=_scratch(run), workers=cores(), progress=progress
+            corpus,
+            table,
+            flagged,
+            run.path,
+            scratch=_scratch(run),
+            workers=cores(),
+            progress=progress,
+            digests={record["name"]: record["sha256"] for record in run.manifest["shards"]},
         )
         run.manifest["outputs"] = {"shards": records}
 

@@ -258,7 +258,7 @@ ERRORS: dict[str, tuple[dict[str, bytes], list[bytes], str]] = {
     "trusted undecodable": (
         {"a.tar": tar(*GOOD)},
         [with_image(f"t{i}", b"nothing") + b"" for i in range(60)],
-        "only 0 trusted images can be decoded and 50 are needed",
+        "0 trusted samples can be used and --method mahalanobis needs 50",
     ),
     "corpus undecodable": (
         {"a.tar": tar(*(member(f"{i}.png", b"") + member(f"{i}.cls", b"%d" % (i % 2)) for i in range(40)))},

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_iterator
 
-from sanitize.corpus.shards import account, group, is_pickle, is_unsafe, split_name, walk
+from sanitize.corpus.shards import RESERVED_EXTENSIONS, account, group, is_pickle, is_unsafe, split_name, walk
 
 
 def rows(data: bytes) -> list[tuple[str, str]]:
@@ -38,7 +38,8 @@ def by_webdataset(data: bytes) -> list[tuple[str, dict[str, bytes]]]:
             yield item
 
     return [
-        (s["__key__"], {k: v for k, v in s.items() if not k.startswith("__")}) for s in group_by_keys(files())
+        (s["__key__"], {k: v for k, v in s.items() if k not in RESERVED_EXTENSIONS})
+        for s in group_by_keys(files())
     ]
 
 

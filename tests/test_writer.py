@@ -184,6 +184,13 @@ def test_repeated_keys_do_not_merge(tmp_path: Path) -> None:
     assert case.files() == {"kept/a.tar": tar(S[0], S[2]), "quarantine/a.tar": tar(S[1], S[0])}
 
 
+def test_extensions_with_underscores_are_members_like_others(tmp_path: Path) -> None:
+    odd = S[0] + member("k0.__", b"1") + member("k0.__meta__", b"2")
+    case = Case(tmp_path, {"a.tar": tar(odd, S[1], S[2])})
+    case.write({"k2"})
+    assert case.files()["kept/a.tar"] == tar(odd, S[1])
+
+
 def test_keys_that_are_not_utf8(tmp_path: Path) -> None:
     strange = sample("\udcff", "0")
     case = Case(tmp_path, {"a.tar": tar(strange, S[1], S[2])})

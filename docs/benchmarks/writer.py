@@ -37,6 +37,10 @@ def webdataset_loop(paths, flagged, out):
                 row += 1
 
 
+def _unverified(written, content, keys, scratch):
+    return writer.Verified(1, "", len(content.starts))
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("run", type=Path)
@@ -61,7 +65,7 @@ def main():
         for name in ("cp", "copy only, 1 process", "copy and verify, 1 process",
                      f"copy and verify, {cores()} processes", "webdataset loop"):  # fmt: skip
             folder = Path(tempfile.mkdtemp(dir=arguments.run))
-            writer.verify_shard = (lambda *a: "") if name.startswith("copy only") else verify
+            writer.verify_shard = _unverified if name.startswith("copy only") else verify
             began = time.perf_counter()
             if name == "cp":
                 subprocess.run(["cp", *map(str, paths), str(folder)], check=True)

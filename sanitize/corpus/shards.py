@@ -28,7 +28,7 @@ IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp"})
 PICKLE_EXTENSIONS = frozenset({"pkl", "pickle", "pyd", "pth", "pt", "ckpt", "joblib", "dill"})
 """What webdataset's autodecoding, torch.load or joblib would unpickle. npy and npz refuse pickles."""
 _COMPRESSED = frozenset({"gz", "bz2", "xz", "zst"})
-_RESERVED = frozenset({"__key__", "__url__", "__local_path__", "__bad__"})
+RESERVED_EXTENSIONS = frozenset({"__key__", "__url__", "__local_path__", "__bad__"})
 """Extensions that collide with fields webdataset keeps in a sample."""
 
 _REGULAR = (b"0", b"\0", b"7")
@@ -361,7 +361,7 @@ class _Grouping:
                 self._faults.add("repeated-key")
         elif self.skipped:
             self._absorb()
-        if extension in self._members or extension in _RESERVED:
+        if extension in self._members or extension in RESERVED_EXTENSIONS:
             self._faults.add("duplicate-member")
         else:
             self._members[extension] = entry

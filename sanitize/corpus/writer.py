@@ -32,6 +32,7 @@ from sanitize.corpus.shards import (
     END,
     GARBAGE,
     GLOBAL,
+    RESERVED_EXTENSIONS,
     Entry,
     Sample,
     group,
@@ -447,7 +448,7 @@ def _compare_with_webdataset(shard: str, buffer: Buffer, samples: list[Sample]) 
     count = 0
     try:
         for count, (read, sample) in enumerate(zip(group_by_keys(files()), samples, strict=True), 1):
-            members = {name: data for name, data in read.items() if not name.startswith("__")}
+            members = {name: data for name, data in read.items() if name not in RESERVED_EXTENSIONS}
             written = {name: buffer[e.data : e.data + e.size] for name, e in sample.members.items()}
             if read["__key__"] != sample.key or members != written:
                 raise SanitizeError(
