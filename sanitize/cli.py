@@ -16,7 +16,10 @@ from sanitize.errors import FindingsError, SanitizeError, UsageError
 if TYPE_CHECKING:
     from sanitize.reporting.build import Report
 
-METHODS = "trajectory-ensemble, trajectory-classifier, mahalanobis or badloss"
+METHODS = (
+    "trajectory-ensemble, trajectory-classifier, mahalanobis, badloss; baselines: abl, activation-clustering, "
+    "frequency-analysis, spectral-signatures, random-removal"
+)
 
 
 class _Group(TyperGroup):
@@ -53,7 +56,9 @@ Alpha = Annotated[
 ]
 Reject = Annotated[
     float | None,
-    typer.Option(help="Flag this share of the corpus instead. badloss alone defaults to the published 0.4."),
+    typer.Option(
+        help="Flag this share of the corpus instead; the default of badloss (0.4), abl and spectral-signatures (0.15)."
+    ),
 ]
 ClassCap = Annotated[float, typer.Option(help="Largest share of one class that may be flagged.")]
 NoClassCap = Annotated[bool, typer.Option("--no-class-cap", help="Flag whatever the scores say.")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,8 +13,6 @@ MIN_TRUSTED = 50
 """Fewest usable trusted samples: the k of BaDLoss, and what a p-value of 2 % needs."""
 
 DEFAULT_ALPHA = 0.1
-BADLOSS_REJECT = 0.4
-"""The share of the data that BaDLoss removes (Alex et al., ICLR 2025)."""
 
 
 def _require(condition: bool, message: str) -> None:
@@ -99,9 +98,11 @@ class DecisionConfig:
     def choose(
         cls, method: str, alpha: float | None, reject: float | None, class_cap: float | None
     ) -> DecisionConfig:
-        """With neither alpha nor reject given: alpha 0.1, for badloss the paper's reject 0.4."""
+        """With neither alpha nor reject given: the share a published method removes, else alpha 0.1."""
         if alpha is None and reject is None:
-            alpha, reject = (None, BADLOSS_REJECT) if method == "badloss" else (DEFAULT_ALPHA, None)
+            # Settings stand below the methods; only this default is the method's to say.
+            reject = importlib.import_module("sanitize.scores").default_reject(method)
+            alpha = DEFAULT_ALPHA if reject is None else None
         return cls(method=method, alpha=alpha, reject=reject, class_cap=class_cap)
 
 

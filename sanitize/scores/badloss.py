@@ -10,6 +10,8 @@ from sanitize.scores import ScoreInputs
 from sanitize.scores.knn import nearest_distances
 
 K = 50
+DEFAULT_REJECT = 0.4
+"""The share of the data that the paper removes."""
 _EPSILON = 1e-8
 
 
