@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 METHODS = (
     "trajectory-ensemble, trajectory-classifier, mahalanobis, badloss; baselines: abl, "
-    "activation-clustering, frequency-analysis, spectral-signatures, random-removal"
+    "activation-clustering, cognitive-distillation, frequency-analysis, neural-cleanse, "
+    "poisoned-sample-sensitivity, spectral-signatures, random-removal"
 )
 
 

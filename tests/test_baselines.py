@@ -17,12 +17,27 @@ from sanitize.config import DecisionConfig
 from sanitize.errors import InputError
 from sanitize.pipeline import score_inputs
 from sanitize.rundir import RunDir
-from sanitize.scores import ScoreInputs, frequency_analysis
+from sanitize.scores import (
+    ScoreInputs,
+    cognitive_distillation,
+    frequency_analysis,
+    neural_cleanse,
+    poisoned_sample_sensitivity,
+)
 from sanitize.scores.activation_clustering import cluster_scores
 from sanitize.scores.frequency_analysis import spectrum, with_artefacts
 from sanitize.scores.spectral_signatures import squared_projections
 
-BASELINES = ["abl", "activation-clustering", "frequency-analysis", "random-removal", "spectral-signatures"]
+BASELINES = [
+    "abl",
+    "activation-clustering",
+    "cognitive-distillation",
+    "frequency-analysis",
+    "neural-cleanse",
+    "poisoned-sample-sensitivity",
+    "random-removal",
+    "spectral-signatures",
+]
 
 
 def inputs(**arrays: Any) -> ScoreInputs:
@@ -170,6 +185,88 @@ def test_artefacts_change_every_image_and_leave_the_originals() -> None:
     assert drawn.max() <= 1
 
 
+def corner_network() -> Any:
+    """Says class 1 by a bright corner pixel, and otherwise weighs the whole image; features are both."""
+    import torch
+    from torch import nn
+
+    class Corner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last = nn.Linear(2, 2, bias=False)
+            self.last.weight.data = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            corner = images[:, :, :2, :2].mean(dim=(1, 2, 3))
+            lit = 24 * torch.nn.functional.softplus(8 * (corner - 0.7))
+            whole = 60 * images.mean(dim=(1, 2, 3)) * (1 - torch.sigmoid(20 * (corner - 0.8)))
+            return self.last(torch.stack([whole, lit], dim=1))  # type: ignore[no-any-return]
+
+    return Corner().eval().requires_grad_(False)
+
+
+def corner_case() -> tuple[ScoreInputs, npt.NDArray[np.bool_]]:
+    """120 smooth pictures, the last thirty with a white corner, and the network that fell for it."""
+    pictures = smooth_pictures(120, seed=4) // 2 + 40
+    poison = np.arange(120) >= 90
+    pictures[poison, :2, :2] = 255
+    given = ScoreInputs(
+        trajectories=np.zeros((120, 3), np.float32),
+        class_id=poison.astype(np.int32),
+        trusted=np.arange(120) < 60,
+        seed=0,
+        images=lambda: pictures,
+        network=corner_network,
+    )
+    return given, poison
+
+
+@pytest.mark.parametrize("method", ["cognitive-distillation", "poisoned-sample-sensitivity"])
+def test_methods_that_ask_the_network_find_the_corner(method: str) -> None:
+    given, poison = corner_case()
+    found = scores.score(method, given)
+    assert found.shape == (120,)
+    assert found.dtype == np.float32
+    assert auroc(found, poison) > 0.95
+    np.testing.assert_array_equal(found, scores.score(method, given))
+
+
+def test_neural_cleanse_rebuilds_the_corner() -> None:
+    import torch
+
+    given, _ = corner_case()
+    clean = torch.from_numpy(given.images()[:60]).permute(0, 3, 1, 2).float() / 255
+    mask, pattern = neural_cleanse.rebuild(corner_network(), clean, 1, np.random.default_rng(0))
+    inside, outside = mask[0, 0, :2, :2], mask[0, 0, 3:, 3:]
+    assert inside.mean() > 0.5
+    assert outside.mean() < 0.1
+    assert pattern[0, :, :2, :2].mean() > 0.8
+
+
+def test_neural_cleanse_scores_samples_by_the_trigger_of_an_outlying_class(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given, poison = corner_case()
+    monkeypatch.setattr(neural_cleanse, "STEPS", 60)
+    assert (scores.score("neural-cleanse", given) == 0).all()  # of two classes none is an outlier
+    monkeypatch.setattr(neural_cleanse, "unusually_small", lambda sizes: np.array([False, True]))
+    assert auroc(scores.score("neural-cleanse", given), poison) > 0.95
+
+
+def test_unusually_small_is_the_anomaly_index() -> None:
+    sizes = np.array([100.0, 105, 95, 102, 98, 20, 300])
+    assert neural_cleanse.unusually_small(sizes).tolist() == [False] * 5 + [True, False]
+    assert not neural_cleanse.unusually_small(np.full(4, 7.0)).any()
+
+
+def test_moved_keeps_what_is_the_same_everywhere() -> None:
+    import torch
+
+    flat = torch.full((3, 3, 9, 9), 0.25)
+    rng = np.random.default_rng(0)
+    torch.testing.assert_close(poisoned_sample_sensitivity.moved(flat, rng), flat)
+
+
 @pytest.mark.parametrize("method", ["frequency-analysis", "activation-clustering"])
 def test_what_was_not_given_is_an_error(method: str) -> None:
     with pytest.raises(InputError, match="score a run folder"):
@@ -200,6 +297,8 @@ def test_a_run_gives_images_activations_and_network(finished: Path) -> None:
 @pytest.mark.parametrize("method", BASELINES)
 def test_every_baseline_filters_a_run(run_copy: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(frequency_analysis, "EPOCHS", 2)
+    monkeypatch.setattr(cognitive_distillation, "STEPS", 2)
+    monkeypatch.setattr(neural_cleanse, "STEPS", 2)
     report = sanitize.filter(run_copy, method=method, class_cap=None)
     if scores.default_reject(method):
         assert report.flagged == round(0.15 * report.samples)

@@ -24,7 +24,7 @@ from sanitize.errors import InputError, UsageError
 if TYPE_CHECKING:
     from torch import nn
 
-_HELPERS = {"decide", "knn", "features"}
+_HELPERS = {"decide", "knn", "features", "network"}
 
 
 def _no_images() -> npt.NDArray[np.uint8]:
