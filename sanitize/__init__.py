@@ -57,7 +57,8 @@ def scan(
         seed: of initialisation, order and scores.
         method: how trajectories are scored; see ``sanitize scan --help``.
         alpha: share of clean samples that may be lost; default 0.1 unless reject is given.
-        reject: share of the corpus to flag instead; ``badloss`` alone defaults to the published 0.4.
+        reject: share of the corpus to flag instead; ``badloss``, ``abl`` and others default to
+            the share they were published with.
         class_cap: largest share of a class that may be flagged; None: 0.5.
         no_class_cap: flag whatever the scores say.
         progress: where to show progress; None: nowhere. ``sanitize.progress.for_stderr()`` is the command's.

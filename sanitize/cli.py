@@ -54,7 +54,9 @@ Alpha = Annotated[
 ]
 Reject = Annotated[
     float | None,
-    typer.Option(help="Flag this share of the corpus instead. badloss alone defaults to the published 0.4."),
+    typer.Option(
+        help="Flag this share of the corpus instead; badloss (0.4), abl and others have a published default."
+    ),
 ]
 AllowPipe = Annotated[bool, typer.Option("--allow-pipe", help="Run the commands of pipe: shards.")]
 NoClassCap = Annotated[bool, typer.Option("--no-class-cap", help="Flag whatever the scores say.")]
@@ -203,6 +205,25 @@ def poison(
     else:
         made = stamp_test(shards, triggers=stamp, attack=attack[0], strength=strength, **common)
     print(json.dumps(made) if as_json else in_words(made, out))
+
+
+@app.command()
+def bench(
+    config: Annotated[
+        Path, typer.Argument(help="TOML file: corpus, attacks, methods, seeds. See docs/bench.md.")
+    ],
+    out: Annotated[
+        Path, typer.Option(help="Folder for it; an interrupted or extended benchmark goes on.")
+    ] = Path("sanitize-bench"),
+    as_json: Json = False,
+) -> None:
+    """Attacks, methods and seeds: poison, scan, retrain, and measure what is left of the attacks."""
+    from sanitize.evaluate.bench import bench
+    from sanitize.evaluate.tables import markdown
+    from sanitize.progress import for_stderr
+
+    result = bench(config, out, for_stderr())
+    print(json.dumps(result) if as_json else f"{markdown(result)}\nPage: {out / 'bench.html'}")
 
 
 @app.command()

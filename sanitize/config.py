@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,8 +14,6 @@ MIN_TRUSTED = 50
 
 DEFAULT_ALPHA = 0.1
 DEFAULT_CLASS_CAP = 0.5
-BADLOSS_REJECT = 0.4
-"""The share of the data that BaDLoss removes (Alex et al., ICLR 2025)."""
 
 
 def _require(condition: bool, message: str) -> None:
@@ -106,7 +105,7 @@ class DecisionConfig:
         no_class_cap: bool = False,
         default_cap: float | None = DEFAULT_CLASS_CAP,
     ) -> DecisionConfig:
-        """With neither alpha nor reject given: alpha 0.1, for badloss the paper's reject 0.4."""
+        """With neither alpha nor reject given: the share a published method removes, else alpha 0.1."""
         _require(
             class_cap is None or not no_class_cap,
             "--class-cap and --no-class-cap exclude each other: give one of the two",
@@ -114,7 +113,9 @@ class DecisionConfig:
         if class_cap is None and not no_class_cap:
             class_cap = default_cap
         if alpha is None and reject is None:
-            alpha, reject = (None, BADLOSS_REJECT) if method == "badloss" else (DEFAULT_ALPHA, None)
+            # Settings stand below the methods; only this default is the method's to say.
+            reject = importlib.import_module("sanitize.scores").default_reject(method)
+            alpha = DEFAULT_ALPHA if reject is None else None
         return cls(method=method, alpha=alpha, reject=reject, class_cap=class_cap)
 
 

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 
 import sanitize
 from sanitize import scores
-from sanitize.config import MIN_TRUSTED, CorpusConfig, DecisionConfig, ScanConfig
+from sanitize.config import MIN_TRUSTED, CorpusConfig, DecisionConfig, ProxyConfig, ScanConfig
 from sanitize.corpus import index as index_module
 from sanitize.corpus import pixels as pixels_module
 from sanitize.corpus.sources import Source, distinct_names, expand, fingerprint
@@ -38,6 +38,8 @@ from sanitize.rundir import RunDir, disk_errors, write_atomic, write_table
 from sanitize.scores import ScoreInputs, decide
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from sanitize.dynamics import proxy as proxy_module
 
 INDEX = "index.parquet"
@@ -278,15 +280,50 @@ def score_inputs(run: RunDir, seed: int) -> tuple[ScoreInputs, npt.NDArray[np.in
     kept = run.manifest["training"]["kept_epochs"]
     rows = np.flatnonzero(pc.equal(table["status"], "ok").to_numpy(zero_copy_only=False))
     values = columns(losses, kept, rows)
-    finite = np.isfinite(values).all(axis=1)
+    finite: npt.NDArray[np.bool_] = np.asarray(np.isfinite(values).all(axis=1))
     inputs = ScoreInputs(
         trajectories=np.ascontiguousarray(values[finite]),
         class_id=table["class_id"].to_numpy()[rows[finite]],
         trusted=table["trusted"].to_numpy(zero_copy_only=False)[rows[finite]],
         seed=seed,
         gpu=run.manifest["training"]["device"] == "cuda",
+        images=lambda: _images(run, rows[finite]),
+        activations=lambda: _activations(run, finite),
+        network=lambda: _network(run),
     )
     return inputs, rows[finite], table.num_rows
+
+
+def _images(run: RunDir, rows: npt.NDArray[np.intp]) -> npt.NDArray[np.uint8]:
+    _check_pixels(run)
+    pixels: npt.NDArray[np.uint8] = np.load(run / PIXELS, mmap_mode="r")
+    return pixels if len(rows) == len(pixels) else pixels[rows]
+
+
+def _activations(run: RunDir, finite: npt.NDArray[np.bool_]) -> npt.NDArray[np.float32]:
+    from sanitize.dynamics import proxy as proxy_module
+
+    network = _network(run)
+    return proxy_module.penultimate(network, _samples(run))[finite]
+
+
+def _network(run: RunDir) -> nn.Module:
+    from sanitize.dynamics import proxy as proxy_module
+
+    _check_pixels(run)
+    stored = run.manifest["training"]
+    # The losses belong to the machine that measured them; the finished network runs on any.
+    resolved = proxy_module.setup(ProxyConfig(proxy=stored["proxy"]), 0)
+    return proxy_module.trained(_samples(run), resolved, run / CHECKPOINT)
+
+
+def _check_pixels(run: RunDir) -> None:
+    for name in (PIXELS, CHECKPOINT):
+        if not (run / name).exists():
+            raise InputError(
+                f"{run / name} is gone and this --method looks at it; scan again into a new --out, or "
+                "take a method that needs only the trajectories"
+            )
 
 
 def _decide(run: RunDir, config: DecisionConfig) -> None:

@@ -44,7 +44,7 @@ def test_methods_are_the_files() -> None:
     assert set(METHODS) <= set(scores.methods())
     assert not {"decide", "knn", "features"} & set(scores.methods())
     for name in ("knn", "nothing", "../decide", "", "trajectory_classifier"):
-        with pytest.raises(UsageError, match="expected one of badloss, "):
+        with pytest.raises(UsageError, match="expected one of abl, "):
             scores.load(name)
 
 

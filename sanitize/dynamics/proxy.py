@@ -433,3 +433,64 @@ def _evaluate(network: nn.Module, batches: _Batches, advance: Any) -> tuple[npt.
             correct += (logits.argmax(1) == labels).sum()
             advance(len(positions))
     return losses.cpu().numpy(), float(correct) / len(losses)
+
+
+def trained(samples: Samples, resolved: Setup, checkpoint: Path) -> nn.Module:
+    """The proxy as its last epoch left it, in eval mode and frozen.
+
+    Args:
+        samples: what it was trained on; gives the normalisation.
+        checkpoint: as `train` writes it.
+
+    Returns:
+        A network that takes (B, 3, H, W) float32 images in [0, 1] and gives (B, C) float32 logits.
+    """
+    import torch
+    from torch import nn
+
+    class Normalise(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            mean, std = _channel_statistics(samples)
+            self.mean: torch.Tensor
+            self.std: torch.Tensor
+            self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1) / 255)
+            self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1) / 255)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return (images - self.mean) / self.std
+
+    network = build(resolved.proxy, samples.classes, samples.pixels.shape[1])
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    network.load_state_dict(state["model"])
+    whole = nn.Sequential(Normalise(), network).to(resolved.device).eval()
+    return whole.requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+def penultimate(network: nn.Module, samples: Samples) -> npt.NDArray[np.float32]:
+    """(M, D) float32: what the last linear layer of `network` is given for each of `samples.rows`.
+
+    Args:
+        network: of `trained`.
+
+    Raises:
+        UsageError: the network has no linear layer.
+    """
+    import torch
+    from torch import nn
+
+    linear = [module for module in network.modules() if isinstance(module, nn.Linear)]
+    if not linear:
+        raise UsageError("this proxy does not end in a linear layer; scan with --proxy small or resnet18")
+    seen: list[torch.Tensor] = []
+    hook = linear[-1].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].float().cpu()))
+    device = next(network.parameters()).device
+    try:
+        with torch.inference_mode():
+            for start in range(0, len(samples.rows), EVAL_BATCH):
+                images = torch.from_numpy(samples.pixels[samples.rows[start : start + EVAL_BATCH]])
+                network(images.to(device).permute(0, 3, 1, 2).float() / 255)
+    finally:
+        hook.remove()
+    activations: npt.NDArray[np.float32] = torch.cat(seen).flatten(1).numpy()
+    return activations

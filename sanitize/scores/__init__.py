@@ -1,7 +1,8 @@
 """Methods that turn loss trajectories into anomaly scores: one file a method.
 
 A method is a module of this package with a function ``score(inputs: ScoreInputs) -> np.ndarray``, (N,)
-float32, higher = more suspicious. Its name on the command line is the module's with dashes for
+float32, higher = more suspicious, and, if its source removes a fixed share of the data, that share as the
+constant ``DEFAULT_REJECT``. Its name on the command line is the module's with dashes for
 underscores, so adding a method is adding a file. Trusted samples must be scored as if they were not known
 to be trusted (left out, or out of fold): their scores are what a p-value is measured against.
 """
@@ -10,20 +11,40 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from sanitize.errors import UsageError
+from sanitize.errors import InputError, UsageError
 
-_HELPERS = {"decide", "knn", "features"}
+if TYPE_CHECKING:
+    from torch import nn
+
+_HELPERS = {"decide", "knn", "features", "network"}
+
+
+def _no_images() -> npt.NDArray[np.uint8]:
+    raise InputError("this method looks at the images, and none were given; score a run folder of a scan")
+
+
+def _no_activations() -> npt.NDArray[np.float32]:
+    raise InputError("this method looks at activations of the proxy, and none were given; score a run folder")
+
+
+def _no_network() -> nn.Module:
+    raise InputError("this method asks the proxy itself, and none was given; score a run folder of a scan")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreInputs:
-    """What a method may look at: the usable samples only."""
+    """What a method may look at: the usable samples only.
+
+    What only some methods need is a function, so that nobody else pays for it.
+    """
 
     trajectories: npt.NDArray[np.float32]
     """(N, E) cross-entropy in nats, kept epochs, finite."""
@@ -34,6 +55,12 @@ class ScoreInputs:
     seed: int
     gpu: bool = False
     """Whether FAISS may use the GPU."""
+    images: Callable[[], npt.NDArray[np.uint8]] = _no_images
+    """Gives (N, H, W, 3) images of the same samples at the proxy's resolution."""
+    activations: Callable[[], npt.NDArray[np.float32]] = _no_activations
+    """Gives (N, D) inputs of the trained proxy's last layer, in eval mode."""
+    network: Callable[[], nn.Module] = _no_network
+    """Gives the trained proxy in eval mode, frozen: (B, 3, H, W) float32 in [0, 1] to (B, C) logits."""
 
     def __post_init__(self) -> None:
         samples = len(self.trajectories)
@@ -62,6 +89,12 @@ def load(method: str) -> ModuleType:
     if method not in methods():
         raise UsageError(f"--method {method}: expected one of {', '.join(methods())}")
     return importlib.import_module(f"{__name__}.{method.replace('-', '_')}")
+
+
+def default_reject(method: str) -> float | None:
+    """The share of the corpus that a published method removes, its DEFAULT_REJECT; None: alpha decides."""
+    share: float | None = getattr(load(method), "DEFAULT_REJECT", None)
+    return share
 
 
 def score(method: str, inputs: ScoreInputs) -> npt.NDArray[np.float32]:

@@ -11,6 +11,8 @@ from sanitize.scores.knn import nearest_distances
 K = 50
 MIN_TRUSTED = K + 1
 """A trusted sample needs 50 others."""
+DEFAULT_REJECT = 0.4
+"""The share of the data that the paper removes."""
 _EPSILON = 1e-8
 
 

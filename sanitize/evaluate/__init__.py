@@ -1,0 +1,1 @@
+"""What a defence is worth: poison, scan, retrain, measure."""
