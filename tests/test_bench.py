@@ -207,7 +207,7 @@ def test_a_folder_belongs_to_one_benchmark(finished: Path, tmp_path: Path) -> No
         ("seeds = [0]", "colour = 1", "unexpected keyword argument 'colour'"),
         ('test = "', 'tests = "', "unexpected keyword argument 'tests'"),
         ('name = "abl"', 'name = "abracadabra"', "expected one of abl"),
-        ("reject = 0.2", "reject = 2", "expected 0 to below 1"),
+        ("reject = 0.2", "reject = 2", "expected between 0 and 1"),
         ("blend-random:0.1", "nets:0.1", "no such attack"),
         ("epochs = 3", "epochs = 1", "expected 3 to 1000"),
     ],

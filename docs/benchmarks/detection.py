@@ -1,10 +1,10 @@
 """Detection against the truth of `sanitize poison`, for every method on the trajectories of a run.
 
-python docs/benchmarks/detection.py RUN TRUTH.parquet [RUN TRUTH.parquet ...]
+python docs/benchmarks/detection.py [--methods NAME,NAME] RUN TRUTH.parquet [RUN TRUTH.parquet ...]
 """
 
+import argparse
 import statistics
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +20,13 @@ from sanitize.scores.decide import decide
 DECISIONS = {
     "alpha 0.05": {"alpha": 0.05},
     "alpha 0.1": {"alpha": 0.1},
+    "reject 0.15": {"alpha": None, "reject": 0.15},
     "reject 0.2": {"alpha": None, "reject": 0.2},
     "reject 0.4": {"alpha": None, "reject": 0.4},
 }
 
 
-def measure(run: Path, truth_path: Path) -> dict[tuple[str, str, str], float]:
+def measure(run: Path, truth_path: Path, methods: list[str]) -> dict[tuple[str, str, str], float]:
     """(method, measure, attack) -> value."""
     with RunDir.open(run) as opened:
         seed = opened.manifest["config"]["proxy"]["seed"]
@@ -37,7 +38,7 @@ def measure(run: Path, truth_path: Path) -> dict[tuple[str, str, str], float]:
     clean = attack == "clean"
     poison = ~clean & (attack != "trusted")
     found = {}
-    for method in scores.methods():
+    for method in methods:
         values = scores.score(method, inputs)
         for name in sorted(set(attack[poison])):
             mine = attack == name
@@ -54,8 +55,12 @@ def measure(run: Path, truth_path: Path) -> dict[tuple[str, str, str], float]:
 
 
 def main() -> None:
-    paths = [Path(argument) for argument in sys.argv[1:]]
-    runs = [measure(run, truth) for run, truth in zip(paths[::2], paths[1::2], strict=True)]
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--methods", default="mahalanobis,trajectory-classifier,badloss")
+    parser.add_argument("paths", nargs="+", type=Path)
+    arguments = parser.parse_args()
+    methods, paths = arguments.methods.split(","), arguments.paths
+    runs = [measure(run, truth, methods) for run, truth in zip(paths[::2], paths[1::2], strict=True)]
     columns = list(dict.fromkeys(key[2] for run in runs for key in run))
     print("| method | measure |", " | ".join(columns), "|\n|---|---|" + "---|" * len(columns))
     for method, rule in dict.fromkeys(key[:2] for key in runs[0]):
