@@ -20,7 +20,7 @@ from sanitize.rundir import disk_errors
 
 _DECODED = 200
 _STEPS = 4
-_PROCESS_BYTES = 900_000_000
+_PROCESS_BYTES = 1_150_000_000
 """Resident memory of PyTorch with a small network and its optimiser (docs/benchmarks.md)."""
 _CHECKPOINT_BYTES = 10_000_000
 
