@@ -67,7 +67,7 @@ def run_scan(config: ScanConfig, out: Path, progress: Progress | None = None) ->
         if _decided_differently(run, config.decision):
             run.forget("scores", *AFTER_SCORES)
         _index(run, config.corpus, corpus, trusted, progress)
-        _pixels(run, config.corpus, corpus + trusted, progress)
+        _pixels(run, config, corpus + trusted, progress)
         _train(run, config, progress)
         _scores(run, config.decision.method, config.proxy.seed)
         _decide(run, config.decision)
@@ -158,18 +158,18 @@ def _index(
         facts["rows"] = index.table.num_rows
 
 
-def _pixels(run: RunDir, config: CorpusConfig, sources: list[Source], progress: Progress) -> None:
+def _pixels(run: RunDir, config: ScanConfig, sources: list[Source], progress: Progress) -> None:
     if run.is_done("pixels") and ((run / PIXELS).exists() or run.is_done("train")):
         return
     with run.stage("pixels") as facts:
         table = pq.read_table(run / INDEX)
         if "resolution" not in run.manifest:  # decoding changes what the choice is made from
             side = pixels_module.median_side(sources, table, _scratch(run))
-            resolution = config.resolution or pixels_module.choose_resolution(side)
+            resolution = config.corpus.resolution or pixels_module.choose_resolution(side)
             run.manifest |= {"resolution": resolution, "median_side": side}
             run.save()
         resolution, side = run.manifest["resolution"], run.manifest["median_side"]
-        _check_before_decoding(run, table, resolution)
+        _check_before_decoding(table, config, resolution)
         table = pixels_module.decode_all(
             sources,
             table,
@@ -179,16 +179,15 @@ def _pixels(run: RunDir, config: CorpusConfig, sources: list[Source], progress: 
             workers=cores(),
             progress=progress,
         )
-        _check_enough(table, ScanConfig.from_dict(run.manifest["config"]).decision)
+        _check_enough(table, config.decision)
         write_table(run / INDEX, table)
         facts |= {"resolution": resolution, "median_side": side}
 
 
-def _check_before_decoding(run: RunDir, table: pa.Table, resolution: int) -> None:
+def _check_before_decoding(table: pa.Table, config: ScanConfig, resolution: int) -> None:
     """Refuse what could not work in the end before the long part begins."""
     from sanitize.dynamics import proxy as proxy_module
 
-    config = ScanConfig.from_dict(run.manifest["config"])
     _check_enough(table, config.decision)
     proxy_module.check_fits(proxy_module.setup(config.proxy, table.num_rows).proxy, resolution)
 
@@ -222,9 +221,10 @@ def _train(run: RunDir, config: ScanConfig, progress: Progress) -> None:
         setup = proxy_module.setup(config.proxy, len(samples.rows))
         _check_same_setup(run, setup)
         trajectories = open_trajectories(run / TRAJECTORIES, config.proxy.epochs, len(samples.pixels))
-        epoch_loss, accuracy = proxy_module.train(
-            samples, config.proxy, setup, trajectories, run / CHECKPOINT, progress
-        )
+        with proxy_module.gpu_memory(setup.device):
+            epoch_loss, accuracy = proxy_module.train(
+                samples, config.proxy, setup, trajectories, run / CHECKPOINT, progress
+            )
         run.manifest["training"] = {
             **asdict(setup),
             "epochs": config.proxy.epochs,
@@ -288,7 +288,7 @@ def score_inputs(run: RunDir, seed: int) -> tuple[ScoreInputs, npt.NDArray[np.in
         seed=seed,
         gpu=run.manifest["training"]["device"] == "cuda",
         images=lambda: _images(run, rows[finite]),
-        activations=lambda: _activations(run, finite),
+        activations=lambda: _activations(run, rows[finite]),
         network=lambda: _network(run),
     )
     return inputs, rows[finite], table.num_rows
@@ -300,11 +300,10 @@ def _images(run: RunDir, rows: npt.NDArray[np.intp]) -> npt.NDArray[np.uint8]:
     return pixels if len(rows) == len(pixels) else pixels[rows]
 
 
-def _activations(run: RunDir, finite: npt.NDArray[np.bool_]) -> npt.NDArray[np.float32]:
-    from sanitize.dynamics import proxy as proxy_module
+def _activations(run: RunDir, rows: npt.NDArray[np.intp]) -> npt.NDArray[np.float32]:
+    from sanitize.scores.network import activations
 
-    network = _network(run)
-    return proxy_module.penultimate(network, _samples(run))[finite]
+    return activations(_network(run), np.load(run / PIXELS, mmap_mode="r"), rows)
 
 
 def _network(run: RunDir) -> nn.Module:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import colorsys
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -29,17 +28,6 @@ Images = npt.NDArray[np.float32]
 SIZES = [(32, 32), (33, 47), (224, 224), (28, 28), (64, 40)]
 SURROGATES = [name for name in ATTACKS if get(name).needs_surrogate]
 FIXED = [name for name in ATTACKS if not get(name).needs_surrogate]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Networks this small run faster on one thread, above all on a busy machine."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def random_images(count: int, height: int = 32, width: int = 32, seed: int = 0) -> Images:

@@ -6,7 +6,6 @@ import io
 import json
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +23,6 @@ from sanitize.errors import InputError, UsageError
 
 Pixels = npt.NDArray[np.uint8]
 FIXED = [name for name in ATTACKS if not get(name).needs_surrogate]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Networks this small run faster on one thread, above all on a busy machine."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def picture(seed: int, height: int = 32, width: int = 32) -> Pixels:

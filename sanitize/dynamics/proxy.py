@@ -184,32 +184,10 @@ def train(
         Mean loss in nats, over the finite ones, and accuracy of each epoch.
 
     Raises:
-        TrainingError: the loss of more than one sample in a hundred is not finite, or GPU memory ran out.
+        TrainingError: the loss of more than one sample in a hundred is not finite.
 
     Source: Alex et al., ICLR 2025, arXiv 2408.13221, section 4.1 and appendix H.
     """
-    import torch
-
-    try:
-        return _train(samples, config, resolved, trajectories, checkpoint, progress)
-    except torch.OutOfMemoryError as error:
-        raise TrainingError(
-            f"the GPU's memory ran out ({str(error).splitlines()[0]}); take a smaller --proxy or "
-            "--resolution, or --device cpu, and a new --out"
-        ) from None
-    finally:
-        if resolved.device == "cuda":
-            torch.cuda.empty_cache()  # FAISS allocates on its own
-
-
-def _train(
-    samples: Samples,
-    config: ProxyConfig,
-    resolved: Setup,
-    trajectories: npt.NDArray[np.float32],
-    checkpoint: Path,
-    progress: Progress,
-) -> tuple[list[float], list[float]]:
     import torch
 
     device = torch.device(resolved.device)
@@ -246,6 +224,29 @@ def _train(
             torch.save(state, buffer)
             write_atomic(checkpoint, buffer.getvalue())
     return epoch_loss, accuracy
+
+
+@contextmanager
+def gpu_memory(device: str) -> Iterator[None]:
+    """Around `train`: say what to do when the GPU's memory runs out, and leave none of it cached.
+
+    Around the call, because inside it the network and the pixels would still be held.
+
+    Raises:
+        TrainingError: instead of PyTorch's OutOfMemoryError.
+    """
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"the GPU's memory ran out ({str(error).splitlines()[0]}); take a smaller --proxy or "
+            "--resolution, or --device cpu, and a new --out"
+        ) from None
+    finally:
+        if device == "cuda":
+            torch.cuda.empty_cache()  # FAISS allocates on its own
 
 
 @contextmanager
@@ -465,32 +466,3 @@ def trained(samples: Samples, resolved: Setup, checkpoint: Path) -> nn.Module:
     network.load_state_dict(state["model"])
     whole = nn.Sequential(Normalise(), network).to(resolved.device).eval()
     return whole.requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
-
-
-def penultimate(network: nn.Module, samples: Samples) -> npt.NDArray[np.float32]:
-    """(M, D) float32: what the last linear layer of `network` is given for each of `samples.rows`.
-
-    Args:
-        network: of `trained`.
-
-    Raises:
-        UsageError: the network has no linear layer.
-    """
-    import torch
-    from torch import nn
-
-    linear = [module for module in network.modules() if isinstance(module, nn.Linear)]
-    if not linear:
-        raise UsageError("this proxy does not end in a linear layer; scan with --proxy small or resnet18")
-    seen: list[torch.Tensor] = []
-    hook = linear[-1].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].float().cpu()))
-    device = next(network.parameters()).device
-    try:
-        with torch.inference_mode():
-            for start in range(0, len(samples.rows), EVAL_BATCH):
-                images = torch.from_numpy(samples.pixels[samples.rows[start : start + EVAL_BATCH]])
-                network(images.to(device).permute(0, 3, 1, 2).float() / 255)
-    finally:
-        hook.remove()
-    activations: npt.NDArray[np.float32] = torch.cat(seen).flatten(1).numpy()
-    return activations

@@ -24,13 +24,43 @@ def device_of(network: nn.Module) -> torch.device:
 
 def batches(network: nn.Module, images: npt.NDArray[np.uint8]) -> Iterator[tuple[slice, torch.Tensor]]:
     """Slices of (N, H, W, 3) uint8 images, and the same as (B, 3, H, W) float32 in [0, 1] on the device."""
-    import torch
-
     place = device_of(network)
     for start in range(0, len(images), BATCH):
         rows = slice(start, min(start + BATCH, len(images)))
-        pixels = torch.from_numpy(np.array(images[rows])).to(place)
-        yield rows, pixels.permute(0, 3, 1, 2).float() / 255
+        yield rows, _pixels(images[rows], place)
+
+
+def _pixels(images: npt.NDArray[np.uint8], place: torch.device) -> torch.Tensor:
+    import torch
+
+    return torch.from_numpy(np.array(images)).to(place).permute(0, 3, 1, 2).float() / 255
+
+
+def activations(
+    network: nn.Module, images: npt.NDArray[np.uint8], rows: npt.NDArray[np.intp]
+) -> npt.NDArray[np.float32]:
+    """Inputs of the last linear layer for some rows of a memmap, which is read batch by batch.
+
+    Args:
+        network: takes (B, 3, H, W) float32 in [0, 1].
+        images: (N, H, W, 3) uint8.
+        rows: (M,) which of them.
+
+    Returns:
+        (M, D) float32.
+
+    Raises:
+        UsageError: the network has no linear layer.
+    """
+    import torch
+
+    place = device_of(network)
+    with torch.inference_mode():
+        found = [
+            features(network, _pixels(images[rows[start : start + BATCH]], place)).cpu().numpy()
+            for start in range(0, len(rows), BATCH)
+        ]
+    return np.concatenate(found)
 
 
 def features(network: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
