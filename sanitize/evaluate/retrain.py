@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -72,6 +73,13 @@ class Model(NamedTuple):
     seconds: float
 
 
+def cross_entropy(model: Model, images: Images, labels: torch.Tensor) -> torch.Tensor:
+    """Mean loss in nats of a batch."""
+    from torch.nn import functional
+
+    return functional.cross_entropy(logits(model, images), labels)
+
+
 def retrain(
     images: Images,
     class_id: npt.NDArray[Any],
@@ -81,6 +89,7 @@ def retrain(
     seed: int,
     device: str = "auto",
     progress: Progress | None = None,
+    loss: Callable[[Model, Images, torch.Tensor], torch.Tensor] = cross_entropy,
 ) -> Model:
     """Train a classifier from scratch, by AdamW with weight decay 1e-4; on a CPU the seed fixes the result.
 
@@ -88,13 +97,14 @@ def retrain(
         images: (N, R, R, 3) uint8.
         class_id: (N,) labels, 0 to classes - 1.
         seed: of initialisation, order, flips and crops.
+        loss: of a batch: the model in training, (B, R, R, 3) augmented images and their (B,) labels, to a
+            scalar.
 
     Raises:
         UsageError: fewer than two images.
         TrainingError: the loss is not finite.
     """
     import torch
-    from torch.nn import functional
 
     if len(images) < 2:
         raise UsageError(f"{len(images)} samples are left to train on; remove less")
@@ -122,12 +132,12 @@ def retrain(
                 total = torch.zeros((), device=place)
                 for rows in np.array_split(rng.permutation(len(images)), batches):
                     pixels = _augment(images[rows], chosen.crop, rng)
-                    loss = functional.cross_entropy(_logits(model, pixels), labels[torch.from_numpy(rows)])
+                    batch_loss = loss(model, pixels, labels[torch.from_numpy(rows)])
                     optimizer.zero_grad(set_to_none=True)
-                    torch.autograd.backward(loss)
+                    torch.autograd.backward(batch_loss)
                     optimizer.step()
                     schedule.step()
-                    total += loss.detach()
+                    total += batch_loss.detach()
                     advance(len(rows))
                 if not torch.isfinite(total):
                     raise TrainingError(f"retraining diverged in epoch {epoch + 1}; try another seed")
@@ -143,7 +153,7 @@ def predict(model: Model, images: Images) -> npt.NDArray[np.int64]:
     with torch.inference_mode():
         for start in range(0, len(images), _PREDICT_BATCH):
             batch = images[start : start + _PREDICT_BATCH]
-            found[start : start + len(batch)] = _logits(model, batch).argmax(1).cpu().numpy()
+            found[start : start + len(batch)] = logits(model, batch).argmax(1).cpu().numpy()
     return found
 
 
@@ -169,11 +179,12 @@ def _augment(images: Images, crop: int, rng: np.random.Generator) -> Images:
     return np.stack([p[y : y + side, x : x + side] for p, (y, x) in zip(padded, shifts, strict=True)])
 
 
-def _logits(model: Model, images: Images) -> torch.Tensor:
+def logits(model: Model, images: Images) -> torch.Tensor:
+    """(B, classes) float32 for (B, R, R, 3) uint8 images."""
     import torch
 
     pixels = torch.from_numpy(np.ascontiguousarray(images)).to(model.mean.device)
     normal = (pixels.permute(0, 3, 1, 2).float() - model.mean) / model.std
     with torch.autocast(model.mean.device.type, dtype=model.dtype, enabled=model.dtype != torch.float32):
-        logits: torch.Tensor = model.network(normal)
-    return logits.float()
+        found: torch.Tensor = model.network(normal)
+    return found.float()

@@ -11,6 +11,8 @@ from typing import Any
 from sanitize.evaluate.metrics import learned
 
 Facts = dict[str, Any]
+_SHOWN = {"floor": "oracle removal (the floor)"}
+"""Rows that are shown under another name than that of their cells."""
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 720, 380, 52, 44, 16
 
 
@@ -80,9 +82,18 @@ def _row(
             attack: _spread([cell["auroc"][attack] for cell in cells if attack in cell.get("auroc", {})])
             for attack in attacks
         },
+        # the last two only where the unpoisoned corpus was scanned, and only of methods
         **{
-            figure: _spread([cell[figure] for cell in cells])
-            for figure in ("clean_lost", "worst_class_lost", "removed_ratio", "defence_s", "retrain_s")
+            figure: _spread([cell[figure] for cell in cells if figure in cell])
+            for figure in (
+                "clean_lost",
+                "worst_class_lost",
+                "removed_ratio",
+                "defence_s",
+                "retrain_s",
+                "clean_removed_ratio",
+                "clean_worst_class_lost",
+            )
         },
     }
 
@@ -110,9 +121,15 @@ def _columns(result: Facts) -> list[tuple[str, Any]]:
         "clean lost": "clean_lost",
         "worst class lost": "worst_class_lost",
         "removed": "removed_ratio",
+        "removed when nothing is poisoned": "clean_removed_ratio",
     }.items():
         columns.append((heading, lambda row, f=figure: row[f]))
     return columns
+
+
+def _shown(row: Facts) -> str:
+    name: str = row["name"]
+    return _SHOWN.get(name, name)
 
 
 def _percent(figure: Facts | None) -> str:
@@ -134,14 +151,14 @@ def _grid(result: Facts) -> tuple[list[str], list[list[str]]]:
     body = []
     for row in result["summary"]["rows"]:
         seconds = [_seconds(row[figure]) for figure in ("defence_s", "retrain_s")]
-        body.append([row["name"], *(_percent(find(row)) for _, find in columns), *seconds])
+        body.append([_shown(row), *(_percent(find(row)) for _, find in columns), *seconds])
     return head, body
 
 
 def _recall_grid(result: Facts) -> tuple[list[str], list[list[str]]]:
     rows = [row for row in result["summary"]["rows"] if row["name"] not in ("no defence", "no poison")]
     attacks = list(rows[0]["recall"]) if rows else []
-    return ["", *attacks], [[row["name"], *(_percent(row["recall"][a]) for a in attacks)] for row in rows]
+    return ["", *attacks], [[_shown(row), *(_percent(row["recall"][a]) for a in attacks)] for row in rows]
 
 
 def _conditions(result: Facts) -> str:
@@ -160,8 +177,10 @@ def _conditions(result: Facts) -> str:
 _READING = (
     "Percent; mean over the seeds, in brackets the lowest and the highest. ×2 is a trigger of twice the "
     "strength at test time. Average and worst are over the attacks that were learned, at the highest "
-    "strength. The floor is the same training with exactly the poison left out (oracle removal). Defence "
-    "seconds hold the scan, which all methods share."
+    "strength. Oracle removal is the same training with exactly the poison left out; its success rate is the "
+    "floor. Removed when nothing is poisoned: of the same corpus before it was poisoned, scanned alike. "
+    "Defence seconds hold the scan, which all methods share; a defence that trains its own model needs none, "
+    "and its seconds are those of retraining."
 )
 
 
@@ -266,17 +285,18 @@ def _scatter(result: Facts) -> str:
                 f'<circle cx="{x(share):.1f}" cy="{y(rate):.1f}" r="3" fill="{colour}" opacity="0.5"/>'
             )
         share, rate = row["removed_ratio"]["mean"], row["average"]["mean"]
-        title = f"{row['name']}: {100 * rate:.1f} % success, {100 * share:.1f} % removed"
+        title = f"{_shown(row)}: {100 * rate:.1f} % success, {100 * share:.1f} % removed"
         parts.append(
             f'<circle cx="{x(share):.1f}" cy="{y(rate):.1f}" r="7" fill="{colour}">'
             f"<title>{escape(title)}</title></circle>"
         )
         at = _TOP + 12 + 20 * number
         parts.append(f'<circle cx="{right + 16}" cy="{at - 4}" r="6" fill="{colour}"/>')
-        parts.append(f'<text x="{right + 28}" y="{at}">{escape(row["name"])}</text>')
+        parts.append(f'<text x="{right + 28}" y="{at}">{escape(_shown(row))}</text>')
     height = max(_HEIGHT, _TOP + 24 + 20 * len(rows))
+    width = max(_WIDTH, right + 40 + 7 * max(len(_shown(row)) for row in rows))
     return (
-        f'<svg class="scatter" viewBox="0 0 {_WIDTH} {height}" role="img" '
+        f'<svg class="scatter" viewBox="0 0 {width} {height}" role="img" '
         f'aria-label="Average attack success against the share removed">{"".join(parts)}</svg>'
     )
 
