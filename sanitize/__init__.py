@@ -34,7 +34,7 @@ def scan(
     device: str = "auto",
     trajectory: str = "eval",
     seed: int = 0,
-    method: str = "mahalanobis",
+    method: str = "combined",
     alpha: float | None = None,
     reject: float | None = None,
     class_cap: float | None = None,
@@ -55,8 +55,8 @@ def scan(
         device: ``auto``, ``cpu`` or ``cuda``.
         trajectory: ``eval`` (losses after each epoch) or ``online`` (training-time losses, cheaper).
         seed: of initialisation, order and scores.
-        method: how trajectories are scored; see ``sanitize scan --help``.
-        alpha: share of clean samples that may be lost; default 0.1 unless reject is given.
+        method: how samples are scored; see ``sanitize scan --help``.
+        alpha: share of clean samples that may be lost; default 0.05 unless reject is given.
         reject: share of the corpus to flag instead; ``badloss``, ``abl`` and others default to
             the share they were published with.
         class_cap: largest share of a class that may be flagged; None: 0.5.

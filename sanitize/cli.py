@@ -50,7 +50,7 @@ Shards = Annotated[
 RunFolder = Annotated[Path, typer.Argument(help="Run folder of a scan.")]
 Alpha = Annotated[
     float | None,
-    typer.Option(help="Share of clean samples that may be lost. Default 0.1 unless --reject is given."),
+    typer.Option(help="Share of clean samples that may be lost. Default 0.05 unless --reject is given."),
 ]
 Reject = Annotated[
     float | None,
@@ -84,7 +84,7 @@ def scan(
         str, typer.Option(help="eval: losses after each epoch; online: losses at training time, cheaper.")
     ] = "eval",
     seed: Annotated[int, typer.Option(help="Seed of initialisation, order and scores.")] = 0,
-    method: Annotated[str, typer.Option(help=f"Score: {METHODS}.")] = "mahalanobis",
+    method: Annotated[str, typer.Option(help=f"Score: {METHODS}.")] = "combined",
     alpha: Alpha = None,
     reject: Reject = None,
     class_cap: Annotated[

@@ -12,7 +12,7 @@ from sanitize.errors import UsageError
 MIN_TRUSTED = 50
 """Fewest usable trusted samples: the k of BaDLoss, and what a p-value of 2 % needs."""
 
-DEFAULT_ALPHA = 0.1
+DEFAULT_ALPHA = 0.05
 DEFAULT_CLASS_CAP = 0.5
 
 
@@ -72,7 +72,7 @@ class ProxyConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DecisionConfig:
-    method: str = "mahalanobis"
+    method: str = "combined"
     """A module of ``sanitize.scores``, with dashes."""
     alpha: float | None = DEFAULT_ALPHA
     """Conformal level: the share of clean samples that may be lost. None when reject is set."""
@@ -105,7 +105,7 @@ class DecisionConfig:
         no_class_cap: bool = False,
         default_cap: float | None = DEFAULT_CLASS_CAP,
     ) -> DecisionConfig:
-        """With neither alpha nor reject given: the share a published method removes, else alpha 0.1."""
+        """With neither alpha nor reject given: the share a published method removes, else alpha 0.05."""
         _require(
             class_cap is None or not no_class_cap,
             "--class-cap and --no-class-cap exclude each other: give one of the two",

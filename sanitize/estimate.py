@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
+from sanitize import scores
 from sanitize.config import ScanConfig
 from sanitize.corpus.index import Index, build_index
 from sanitize.corpus.pixels import ImageError, choose_resolution, decode, median_side
@@ -22,7 +23,7 @@ _DECODED = 200
 _STEPS = 4
 _PROCESS_BYTES = 1_150_000_000
 """Resident memory of PyTorch with a small network and its optimiser (docs/benchmarks.md)."""
-_CHECKPOINT_BYTES = 10_000_000
+_CHECKPOINT_BYTES = 20_000_000
 
 
 def estimate(config: ScanConfig, progress: Progress) -> dict[str, Any]:
@@ -111,8 +112,8 @@ def _decode_s(corpus: list[Source], index: Index, resolution: int, scratch: Path
 
 
 def _train_s(config: ScanConfig, usable: int, classes: int, resolution: int) -> tuple[dict[str, Any], float]:
-    """Seconds of the whole proxy training, from a few steps on noise, and what `auto` came to."""
-    from sanitize.dynamics import proxy
+    """Seconds of all training, from a few steps on noise, and what `auto` came to."""
+    from sanitize.dynamics import proxy, second_opinion
 
     setup = proxy.setup(config.proxy, usable)
     rng = np.random.default_rng(0)
@@ -125,4 +126,7 @@ def _train_s(config: ScanConfig, usable: int, classes: int, resolution: int) -> 
     )
     seconds = proxy.time_one_epoch(samples, config.proxy, setup)
     facts = {"proxy": setup.proxy, "device": setup.device, "dtype": setup.dtype}
-    return facts, seconds / count * usable * config.proxy.epochs
+    epochs = config.proxy.epochs
+    if scores.needs_second_opinion(config.decision.method):
+        epochs += second_opinion.EPOCHS
+    return facts, seconds / count * usable * epochs

@@ -1,8 +1,9 @@
 """The story of a scan, top to bottom. Open this first.
 
     shards, trusted ─ index ─▶ index.parquet ─ pixels ─▶ pixels/pixels.npy ─ train ─▶ trajectories.npy
-      ─ scores ─▶ scores.npy ─ decision ─▶ decisions.parquet ─ shards ─▶ kept/, quarantine/
-      ─ report ─▶ report.html, report.json
+      ─ second-opinion ─▶ second_opinion.npy (for methods that ask for it)
+      ─ scores ─▶ scores.npy, signals.parquet, groups.json ─ decision ─▶ decisions.parquet ─ shards ─▶
+      kept/, quarantine/ ─ report ─▶ report.html, report.json
 
 Every stage reads files of the run folder and leaves files there; a stage that is marked done is not run
 again. `scan` runs them all, `filter_run` the last three, `rebuild_report` the last one.
@@ -10,6 +11,7 @@ again. `scan` runs them all, `filter_run` the last three, `rebuild_report` the l
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shutil
@@ -46,7 +48,11 @@ INDEX = "index.parquet"
 PIXELS = "pixels/pixels.npy"
 TRAJECTORIES = "trajectories.npy"
 CHECKPOINT = "proxy.pt"
+SECOND_OPINION = "second_opinion.npy"
+SECOND_CHECKPOINT = "second_opinion.pt"
 SCORES = "scores.npy"
+SIGNALS = "signals.parquet"
+GROUPS = "groups.json"
 DECISION_SCORES = "decision_scores.npy"
 DECISIONS = "decisions.parquet"
 AFTER_SCORES = ("decision", "shards", "report")
@@ -69,6 +75,7 @@ def run_scan(config: ScanConfig, out: Path, progress: Progress | None = None) ->
         _index(run, config.corpus, corpus, trusted, progress)
         _pixels(run, config, corpus + trusted, progress)
         _train(run, config, progress)
+        second_opinion(run, config.decision.method, config.proxy.seed, progress)
         _scores(run, config.decision.method, config.proxy.seed)
         _decide(run, config.decision)
         _write(run, corpus, progress)
@@ -106,6 +113,7 @@ def filter_run(
         if decision.method != run.manifest["stages"].get("scores", {}).get("method"):
             run.forget("scores")
         run.forget(*AFTER_SCORES)
+        second_opinion(run, decision.method, config.proxy.seed, progress)
         _scores(run, decision.method, config.proxy.seed)
         _decide(run, decision)
         _write(run, corpus, progress)
@@ -260,15 +268,52 @@ def _check_same_setup(run: RunDir, setup: proxy_module.Setup) -> None:
     run.save()
 
 
+def second_opinion(run: RunDir, method: str, seed: int, progress: Progress) -> None:
+    """Train the second model and store its losses, if `method` asks for them and they are not there."""
+    if run.is_done("second-opinion") or not scores.needs_second_opinion(method):
+        return
+    from sanitize.dynamics import proxy as proxy_module
+    from sanitize.dynamics import second_opinion as second_module
+
+    _check_pixels(run)
+    with run.stage("second-opinion") as facts:
+        samples = _samples(run)
+        setup = proxy_module.setup(ProxyConfig(proxy=run.manifest["training"]["proxy"]), len(samples.rows))
+        values = np.full(len(samples.pixels), np.nan, np.float32)
+        with proxy_module.gpu_memory(setup.device):
+            values[samples.rows] = second_module.losses(
+                samples, seed, setup, run / SECOND_CHECKPOINT, progress
+            )
+        _save_array(run / SECOND_OPINION, values)
+        facts |= {"samples": len(samples.rows), "epochs": second_module.EPOCHS}
+
+
 def _scores(run: RunDir, method: str, seed: int) -> None:
-    if run.is_done("scores"):
+    if run.is_done("scores") and (run / SIGNALS).exists():  # older versions left none
         return
     with run.stage("scores") as facts:
         inputs, rows, total = score_inputs(run, seed)
+        found = scores.evidence(method, inputs)
         values = np.full(total, np.nan, np.float32)
-        values[rows] = scores.score(method, inputs)
+        values[rows] = found.score
         _save_array(run / SCORES, values)
+        write_table(run / SIGNALS, pa.table({"row": rows, **found.signals}))
+        groups = [_group_record(group, rows, run.manifest["class_names"]) for group in found.groups]
+        write_atomic(run / GROUPS, json.dumps(groups, indent=1).encode())
         facts["method"] = method
+
+
+def _group_record(group: scores.Group, rows: npt.NDArray[np.intp], class_names: list[str]) -> dict[str, Any]:
+    """A group for groups.json; `rows` there are rows of the index, the surest members first."""
+    order = np.argsort(-group.log_odds, kind="stable")
+    return {
+        "class_id": group.class_id,
+        "label": class_names[group.class_id],
+        "signal": group.signal,
+        "separation": round(group.separation, 3),
+        "trusted": group.trusted,
+        "rows": rows[group.rows[order]].tolist(),
+    }
 
 
 def score_inputs(run: RunDir, seed: int) -> tuple[ScoreInputs, npt.NDArray[np.intp], int]:
@@ -289,6 +334,7 @@ def score_inputs(run: RunDir, seed: int) -> tuple[ScoreInputs, npt.NDArray[np.in
         gpu=run.manifest["training"]["device"] == "cuda",
         images=lambda: _images(run, rows[finite]),
         activations=lambda: _activations(run, rows[finite]),
+        second_opinion=lambda: _second_losses(run, rows[finite]),
         network=lambda: _network(run),
     )
     return inputs, rows[finite], table.num_rows
@@ -298,6 +344,12 @@ def _images(run: RunDir, rows: npt.NDArray[np.intp]) -> npt.NDArray[np.uint8]:
     _check_pixels(run)
     pixels: npt.NDArray[np.uint8] = np.load(run / PIXELS, mmap_mode="r")
     return pixels if len(rows) == len(pixels) else pixels[rows]
+
+
+def _second_losses(run: RunDir, rows: npt.NDArray[np.intp]) -> npt.NDArray[np.float32]:
+    # A loss that is not finite is no evidence: the sample counts as believed.
+    losses: npt.NDArray[np.float32] = np.nan_to_num(np.load(run / SECOND_OPINION)[rows], nan=0, posinf=0)
+    return losses
 
 
 def _activations(run: RunDir, rows: npt.NDArray[np.intp]) -> npt.NDArray[np.float32]:
@@ -333,7 +385,12 @@ def _decide(run: RunDir, config: DecisionConfig) -> None:
         inputs, rows, total = score_inputs(run, seed)
         raw = np.load(run / SCORES)[rows]
         made = decide.decide(raw, inputs.class_id, inputs.trusted, config)
-        signals = {"score": raw, **decide.signals(inputs.trajectories)}
+        found = pq.read_table(run / SIGNALS)
+        signals = {
+            "score": raw,
+            **decide.signals(inputs.trajectories),
+            **{name: found[name].to_numpy() for name in found.column_names if name != "row"},
+        }
         flagged = np.flatnonzero(made.flagged)
         table = pq.read_table(run / INDEX)
         table = table.slice(0, int((~table["trusted"].to_numpy(zero_copy_only=False)).sum()))
@@ -341,7 +398,15 @@ def _decide(run: RunDir, config: DecisionConfig) -> None:
         status = np.array(table["status"].to_pylist(), dtype=object)
         status[(status == "ok") & ~scored.covered] = "loss-not-finite"
         reason = np.array([None if code == "ok" else index_module.STATUS[code] for code in status], object)
-        reason[rows[flagged]] = decide.reasons(inputs, flagged)
+        conflict = signals.get("label_conflict")
+        reason[rows[flagged]] = (
+            decide.reasons(inputs, flagged)
+            if conflict is None
+            else decide.conflict_reasons(inputs, conflict, flagged)
+        )
+        for group in reversed(json.loads((run / GROUPS).read_text())):  # the crispest has the last word
+            members = np.intersect1d(group["rows"], rows[flagged])
+            reason[members] = decide.group_reason(group)
         is_flagged = scored(made.flagged, False) | (status != "ok")
         decisions = table.select(["sample_id", "shard", "key", "label"])
         decisions = decisions.append_column("status", pa.array(status.tolist(), pa.string()))

@@ -131,7 +131,7 @@ def test_documented_call_parses(page: str, call: list[str]) -> None:
     given = command.make_context(call[1], call[2:]).params
     if call[1] in ("scan", "filter"):
         cap = None if given["no_class_cap"] else given["class_cap"]
-        method = given["method"] or "mahalanobis"
+        method = given["method"] or "combined"
         DecisionConfig.choose(method, given["alpha"], given["reject"], cap)
         assert method in methods()
     if call[1] == "scan":

@@ -156,11 +156,11 @@ def test_the_default_method_end_to_end(shards: Shards, tmp_path: Path) -> None:
     decision = json.loads((tmp_path / "manifest.json").read_text())["decision"]
     assert (decision["method"], decision["alpha"], decision["class_cap"]) == (
         sanitize.scan.__kwdefaults__["method"],
-        0.1,
+        0.05,
         0.5,
     )
-    # no poison here: 0.1 promised; 63 trusted samples make it .04 to .2 in nineteen of twenty
-    assert report.flagged / SAMPLES < 0.25
+    # no poison here: 0.05 promised; 63 trusted samples make it .01 to .13 in nineteen of twenty
+    assert report.flagged / SAMPLES < 0.2
 
 
 @pytest.mark.parametrize("ending", ["tar.gz", "tar.zst"])
@@ -185,14 +185,14 @@ def test_compressed_shards_end_to_end(tmp_path: Path, ending: str) -> None:
 def nan_losses(monkeypatch: pytest.MonkeyPatch, positions: list[int]) -> None:
     from sanitize.dynamics import proxy
 
-    real = proxy._evaluate
+    real = proxy.evaluate
 
     def evaluate(*arguments: Any) -> Any:
         losses, accuracy = real(*arguments)
         losses[positions] = np.nan
         return losses, accuracy
 
-    monkeypatch.setattr(proxy, "_evaluate", evaluate)
+    monkeypatch.setattr(proxy, "evaluate", evaluate)
 
 
 def test_a_sample_without_a_loss_is_quarantined(

@@ -132,7 +132,7 @@ def test_online_losses_are_those_of_training_time(tmp_path: Path, monkeypatch: p
     def no_evaluation(*_: object) -> None:
         raise AssertionError("online must not evaluate")
 
-    monkeypatch.setattr(proxy, "_evaluate", no_evaluation)
+    monkeypatch.setattr(proxy, "evaluate", no_evaluation)
     run = Run(tmp_path, "a", trajectory="online").go()
     assert np.isfinite(run.losses[:, run.samples.rows]).all()
     first = run.losses[0, run.samples.rows]
@@ -148,14 +148,14 @@ def test_divergence_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def break_one_sample(monkeypatch: pytest.MonkeyPatch, position: int) -> None:
     """The loss of one sample is NaN in every evaluation, that of the others as it is."""
-    real = proxy._evaluate
+    real = proxy.evaluate
 
     def evaluate(*arguments: Any) -> tuple[npt.NDArray[np.float32], float]:
         losses, accuracy = real(*arguments)
         losses[position] = np.nan
         return losses, accuracy
 
-    monkeypatch.setattr(proxy, "_evaluate", evaluate)
+    monkeypatch.setattr(proxy, "evaluate", evaluate)
 
 
 def test_one_bad_loss_spoils_no_mean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -191,23 +191,23 @@ def train(
     import torch
 
     device = torch.device(resolved.device)
-    with _seeded(device, config.seed):
+    with seeded(device, config.seed):
         network = build(resolved.proxy, samples.classes, samples.pixels.shape[1])
     network = network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(
         network.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY, foreach=True
     )
     first, epoch_loss, accuracy = _restore(checkpoint, network, optimizer)
-    batches = _Batches(samples, resolved)
+    batches = Batches(samples, resolved)
     passes = 2 if config.trajectory == "eval" else 1
     with progress.stage("train", passes * (config.epochs - first) * len(samples.rows), "samples") as advance:
         for epoch in range(first, config.epochs):
             for group in optimizer.param_groups:
                 group["lr"] = _learning_rate(epoch, config.epochs)
-            with _seeded(device, config.seed + epoch + 1):
+            with seeded(device, config.seed + epoch + 1):
                 row, correct = _train_epoch(network, optimizer, batches, epoch, config.seed, advance)
             if config.trajectory == "eval":
-                row, correct = _evaluate(network, batches, advance)
+                row, correct = evaluate(network, batches, advance)
             _refuse_divergence(row, epoch)
             epoch_loss.append(float(row[np.isfinite(row)].mean(dtype=np.float64)))
             accuracy.append(correct)
@@ -250,7 +250,7 @@ def gpu_memory(device: str) -> Iterator[None]:
 
 
 @contextmanager
-def _seeded(device: torch.device, seed: int) -> Iterator[None]:
+def seeded(device: torch.device, seed: int) -> Iterator[None]:
     """torch's generators from `seed` (dropout draws from them, too), and afterwards as they were."""
     import torch
 
@@ -285,13 +285,13 @@ def time_one_epoch(samples: Samples, config: ProxyConfig, resolved: Setup) -> fl
     network = build(resolved.proxy, samples.classes, samples.pixels.shape[1])
     network = network.to(resolved.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(network.parameters(), LEARNING_RATE)
-    batches = _Batches(samples, resolved)
+    batches = Batches(samples, resolved)
     seconds = 0.0
     for epoch in range(2):
         began = time.monotonic()
         _train_epoch(network, optimizer, batches, epoch, config.seed, lambda n: None)
         if config.trajectory == "eval":
-            _evaluate(network, batches, lambda n: None)
+            evaluate(network, batches, lambda n: None)
         seconds = time.monotonic() - began
     return seconds
 
@@ -323,7 +323,7 @@ def _learning_rate(epoch: int, epochs: int) -> float:
     return LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * SCHEDULE_RATIO * epoch / epochs))
 
 
-class _Batches:
+class Batches:
     """Batches of normalised images; the pixels live on the GPU when they fit (`home`)."""
 
     def __init__(self, samples: Samples, resolved: Setup) -> None:
@@ -380,7 +380,7 @@ def _channel_statistics(samples: Samples) -> tuple[list[float], list[float]]:
 def _train_epoch(
     network: nn.Module,
     optimizer: torch.optim.Optimizer,
-    batches: _Batches,
+    batches: Batches,
     epoch: int,
     seed: int,
     advance: Any,
@@ -418,7 +418,7 @@ def _split(order: torch.Tensor, batch: int) -> Iterator[torch.Tensor]:
     return iter(pieces)
 
 
-def _evaluate(network: nn.Module, batches: _Batches, advance: Any) -> tuple[npt.NDArray[np.float32], float]:
+def evaluate(network: nn.Module, batches: Batches, advance: Any) -> tuple[npt.NDArray[np.float32], float]:
     """Loss in nats of each sample in eval mode, and the accuracy."""
     import torch
     from torch.nn import functional

@@ -2,7 +2,10 @@
 
 A method is a module of this package with a function ``score(inputs: ScoreInputs) -> np.ndarray``, (N,)
 float32, higher = more suspicious, and, if its source removes a fixed share of the data, that share as the
-constant ``DEFAULT_REJECT``. Its name on the command line is the module's with dashes for
+constant ``DEFAULT_REJECT``. ``SECOND_OPINION = True`` in it says that it asks for the second model's losses,
+which cost another training run. A module may have ``evidence(inputs) -> Evidence`` as well, which then
+gives the
+scores together with what they are made of. Its name on the command line is the module's with dashes for
 underscores, so adding a method is adding a file. Trusted samples must be scored as if they were not known
 to be trusted (left out, or out of fold): their scores are what a p-value is measured against.
 """
@@ -12,7 +15,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -24,7 +27,7 @@ from sanitize.errors import InputError, UsageError
 if TYPE_CHECKING:
     from torch import nn
 
-_HELPERS = {"decide", "knn", "features", "network"}
+_HELPERS = {"decide", "knn", "features", "network", "groups"}
 
 
 def _no_images() -> npt.NDArray[np.uint8]:
@@ -33,6 +36,10 @@ def _no_images() -> npt.NDArray[np.uint8]:
 
 def _no_activations() -> npt.NDArray[np.float32]:
     raise InputError("this method looks at activations of the proxy, and none were given; score a run folder")
+
+
+def _no_second_opinion() -> npt.NDArray[np.float32]:
+    raise InputError("this method asks a second model, and none was given; score a run folder of a scan")
 
 
 def _no_network() -> nn.Module:
@@ -59,6 +66,8 @@ class ScoreInputs:
     """Gives (N, H, W, 3) images of the same samples at the proxy's resolution."""
     activations: Callable[[], npt.NDArray[np.float32]] = _no_activations
     """Gives (N, D) inputs of the trained proxy's last layer, in eval mode."""
+    second_opinion: Callable[[], npt.NDArray[np.float32]] = _no_second_opinion
+    """Gives (N,) cross-entropy in nats under the second model, see dynamics/second_opinion.py."""
     network: Callable[[], nn.Module] = _no_network
     """Gives the trained proxy in eval mode, frozen: (B, 3, H, W) float32 in [0, 1] to (B, C) logits."""
 
@@ -72,6 +81,35 @@ class ScoreInputs:
             raise ValueError("trajectories (N, E), class_id (N,) and trusted (N,) disagree in shape")
         if not np.isfinite(self.trajectories).all():
             raise ValueError("trajectories hold NaN or infinite losses")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Samples of one label that share something the rest of the label does not have."""
+
+    class_id: int
+    signal: str
+    """Where it shows: ``pixels`` or ``activations``."""
+    rows: npt.NDArray[np.intp]
+    """Members, as positions in the inputs, ascending."""
+    separation: float
+    """Ashman's D: distance of the two means in units of their spread; from 2 on there are two peaks."""
+    trusted: int
+    """Trusted samples among the members."""
+    log_odds: npt.NDArray[np.float32]
+    """(len(rows),) of belonging to the group rather than to the rest of the class, in nats."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """What a method found, and why."""
+
+    score: npt.NDArray[np.float32]
+    """(N,) higher = more suspicious."""
+    signals: dict[str, npt.NDArray[np.float32]] = field(default_factory=dict)
+    """(N,) each: what the score is made of, a column of decisions.parquet each."""
+    groups: list[Group] = field(default_factory=list)
+    """Suspected attacks, crispest first."""
 
 
 def methods() -> list[str]:
@@ -97,7 +135,21 @@ def default_reject(method: str) -> float | None:
     return share
 
 
+def needs_second_opinion(method: str) -> bool:
+    """Whether the method asks for the losses of the second model."""
+    return bool(getattr(load(method), "SECOND_OPINION", False))
+
+
 def score(method: str, inputs: ScoreInputs) -> npt.NDArray[np.float32]:
     """(N,) float32 anomaly scores by the named method; higher = more suspicious."""
     scores: npt.NDArray[np.float32] = load(method).score(inputs)
     return scores
+
+
+def evidence(method: str, inputs: ScoreInputs) -> Evidence:
+    """The scores of the named method, with signals and groups where it has them."""
+    module = load(method)
+    if hasattr(module, "evidence"):
+        found: Evidence = module.evidence(inputs)
+        return found
+    return Evidence(score=module.score(inputs))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -207,6 +208,22 @@ def reasons(inputs: ScoreInputs, rows: npt.NDArray[np.intp]) -> list[str]:
         _sentence(words[which], both[which, column], own) if both[which, column] >= 0.8 else _NO_SINGLE_TRAIT
         for column, (which, own) in enumerate(zip(best, of_class, strict=True))
     ]
+
+
+def conflict_reasons(
+    inputs: ScoreInputs, conflict: npt.NDArray[np.float32], rows: npt.NDArray[np.intp]
+) -> list[str]:
+    """A reason in words for each of `rows` that are flagged for their label."""
+    above, _, of_class = _extremes(inputs, conflict, rows)
+    words = "a second model, which learns no triggers, believes its label less than that of"
+    return [_sentence(words, share, own) for share, own in zip(above, of_class, strict=True)]
+
+
+def group_reason(group: dict[str, Any]) -> str:
+    """The reason of all members of a group, as groups.json records it."""
+    where = {"pixels": "its pixels", "activations": "what the proxy's first layers see in it"}
+    others = len(group["rows"]) - 1
+    return f"shares something in {where[group['signal']]} with about {others:,} others of its label"
 
 
 _NO_SINGLE_TRAIT = "no single trait stands out: its trajectory as a whole is unlike the trusted ones"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,16 +24,16 @@ def device_of(network: nn.Module) -> torch.device:
 
 def batches(network: nn.Module, images: npt.NDArray[np.uint8]) -> Iterator[tuple[slice, torch.Tensor]]:
     """Slices of (N, H, W, 3) uint8 images, and the same as (B, 3, H, W) float32 in [0, 1] on the device."""
-    place = device_of(network)
     for start in range(0, len(images), BATCH):
         rows = slice(start, min(start + BATCH, len(images)))
-        yield rows, _pixels(images[rows], place)
+        yield rows, pixels_of(network, images[rows])
 
 
-def _pixels(images: npt.NDArray[np.uint8], place: torch.device) -> torch.Tensor:
+def pixels_of(network: nn.Module, images: npt.NDArray[np.uint8]) -> torch.Tensor:
+    """(B, H, W, 3) uint8 images as the network takes them: (B, 3, H, W) float32 in [0, 1] on its device."""
     import torch
 
-    return torch.from_numpy(np.array(images)).to(place).permute(0, 3, 1, 2).float() / 255
+    return torch.from_numpy(np.array(images)).to(device_of(network)).permute(0, 3, 1, 2).float() / 255
 
 
 def activations(
@@ -54,10 +54,9 @@ def activations(
     """
     import torch
 
-    place = device_of(network)
     with torch.inference_mode():
         found = [
-            features(network, _pixels(images[rows[start : start + BATCH]], place)).cpu().numpy()
+            features(network, pixels_of(network, images[rows[start : start + BATCH]])).cpu().numpy()
             for start in range(0, len(rows), BATCH)
         ]
     return np.concatenate(found)
@@ -81,3 +80,48 @@ def features(network: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
     finally:
         hook.remove()
     return seen[0].flatten(1).float()
+
+
+def block_activations(network: nn.Module, images: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.float32]]:
+    """Mean and maximum over the positions of each early block's channels.
+
+    An early block is the last module whose output has a given side, from a quarter of the image's to below
+    it.
+
+    Args:
+        network: takes (B, 3, H, W) float32 in [0, 1].
+        images: (N, H, W, 3) uint8.
+
+    Returns:
+        One (N, 2 · channels) float32 array a block, from the image on; none for a network without positions.
+    """
+    import torch
+
+    last: dict[int, nn.Module] = {}
+
+    def note(module: nn.Module, inputs: Any, output: Any) -> None:
+        side = output.shape[2] if isinstance(output, torch.Tensor) and output.ndim == 4 else 0
+        if side < images.shape[1] <= 4 * side:
+            last[side] = module
+
+    with torch.inference_mode():
+        hooks = [module.register_forward_hook(note) for module in network.modules()]
+        network(pixels_of(network, images[:1]))
+        for hook in hooks:
+            hook.remove()
+        found: list[list[npt.NDArray[np.float32]]] = [[] for _ in last]
+
+        def pool(into: list[npt.NDArray[np.float32]]) -> Any:
+            return lambda module, inputs, output: into.append(
+                torch.cat([output.mean((2, 3)), output.amax((2, 3))], 1).float().cpu().numpy()
+            )
+
+        hooks = [
+            module.register_forward_hook(pool(into))
+            for module, into in zip(last.values(), found, strict=True)
+        ]
+        for _, pixels in batches(network, images):
+            network(pixels)
+        for hook in hooks:
+            hook.remove()
+    return [np.concatenate(parts) for parts in found]
