@@ -161,6 +161,50 @@ def test_the_default_method_end_to_end(shards: Shards, tmp_path: Path) -> None:
     )
     # no poison here: 0.05 promised; 63 trusted samples make it .01 to .13 in nineteen of twenty
     assert report.flagged / SAMPLES < 0.2
+    table = pq.read_table(tmp_path / "decisions.parquet")
+    assert {"group_log_odds", "label_conflict"} <= set(table.column_names)
+    assert set(table["group_log_odds"].drop_null().to_pylist()) == {-20.0}
+    assert json.loads((tmp_path / "groups.json").read_text()) == []
+    assert np.isfinite(np.load(tmp_path / "second_opinion.npy")).sum() > SAMPLES
+
+    # a method without a second model leaves it in place; going back does not train it again
+    sanitize.filter(tmp_path, method="mahalanobis")
+    assert "label_conflict" not in pq.read_table(tmp_path / "decisions.parquet").column_names
+    trained = (tmp_path / "second_opinion.pt").stat().st_mtime_ns
+    again = sanitize.filter(tmp_path, method="combined")
+    assert (again.flagged, again.kept) == (report.flagged, report.kept)
+    assert (tmp_path / "second_opinion.pt").stat().st_mtime_ns == trained
+
+
+def test_a_group_is_named_in_the_decisions(
+    shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sanitize.scores import Evidence, Group, combined
+
+    def evidence(inputs: Any) -> Evidence:
+        rows = np.flatnonzero((inputs.class_id == 1) & ~inputs.trusted)[:30]
+        odds = np.full(len(inputs.class_id), -20, np.float32)
+        odds[rows] = np.linspace(1, 5, 30)
+        group = Group(class_id=1, signal="pixels", rows=rows, separation=9.0, trusted=0, log_odds=odds[rows])
+        conflict = np.zeros(len(odds), np.float32)
+        return Evidence(
+            score=odds, signals={"group_log_odds": odds, "label_conflict": conflict}, groups=[group]
+        )
+
+    monkeypatch.setattr(combined, "evidence", evidence)
+    monkeypatch.setattr(combined, "SECOND_OPINION", False)
+    settings = SETTINGS | {"method": "combined", "reject": 30 / SAMPLES}
+    sanitize.scan(shards.corpus, trusted=shards.trusted, out=tmp_path, **settings)
+    (group,) = json.loads((tmp_path / "groups.json").read_text())
+    table = pq.read_table(tmp_path / "decisions.parquet")
+    flagged = table.filter(table["flagged"])
+    assert group["label"] == "1"
+    assert sorted(group["rows"]) == flagged["sample_id"].to_pylist()
+    odds = dict(zip(table["sample_id"].to_pylist(), table["group_log_odds"].to_pylist(), strict=True))
+    assert [odds[row] for row in group["rows"]] == sorted(flagged["group_log_odds"].to_pylist(), reverse=True)
+    assert set(flagged["reason"].to_pylist()) == {
+        "shares something in its pixels with about 29 others of its label"
+    }
 
 
 @pytest.mark.parametrize("ending", ["tar.gz", "tar.zst"])

@@ -92,7 +92,7 @@ def build(proxy: str, classes: int, resolution: int) -> nn.Module:
     """An untrained network for (B, 3, resolution, resolution) float32 images.
 
     `small` is a residual network of widths 32-64-128 on a quarter of the pixels: two thirds of the work of
-    a 16-32-64-128 network at full size (docs/log.md).
+    a 16-32-64-128 network at full size (docs/experiments.md).
     """
     from torch import nn
 

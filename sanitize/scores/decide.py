@@ -117,7 +117,7 @@ def centre_within_class(
     """(N,) scores minus their class's lower quartile, so that no class is judged harder for being hard.
 
     The lower quartile, because poison sits at the high end: in a class with a fifth of poison the median
-    would follow it. Dividing by a class's spread as well was tried and hides poison (docs/log.md).
+    would follow it. Dividing by a class's spread as well was tried and hides poison (docs/experiments.md).
     """
     values = scores.astype(np.float64)
     order = np.argsort(class_id, kind="stable")

@@ -21,7 +21,7 @@ def score(inputs: ScoreInputs) -> npt.NDArray[np.float32]:
 
     Extremely randomised trees on log losses, their epoch-to-epoch changes and within-class ranks; trusted
     samples weigh as much as the 5,000 pool samples drawn a fold. Wide leaves and two repeats, because a few
-    hundred trusted samples are easily learned by heart (docs/log.md has what was tried).
+    hundred trusted samples are easily learned by heart (docs/experiments.md has what was tried).
 
     Returns:
         (N,) float32, unbounded; higher = more suspicious.
