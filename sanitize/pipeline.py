@@ -398,12 +398,7 @@ def _decide(run: RunDir, config: DecisionConfig) -> None:
         status = np.array(table["status"].to_pylist(), dtype=object)
         status[(status == "ok") & ~scored.covered] = "loss-not-finite"
         reason = np.array([None if code == "ok" else index_module.STATUS[code] for code in status], object)
-        conflict = signals.get("label_conflict")
-        reason[rows[flagged]] = (
-            decide.reasons(inputs, flagged)
-            if conflict is None
-            else decide.conflict_reasons(inputs, conflict, flagged)
-        )
+        reason[rows[flagged]] = decide.reasons(inputs, signals, flagged)
         for group in reversed(json.loads((run / GROUPS).read_text())):  # the crispest has the last word
             members = np.intersect1d(group["rows"], rows[flagged])
             reason[members] = decide.group_reason(group)

@@ -8,6 +8,7 @@ pattern on *cat*) that are learned too early, clean samples given up to the budg
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,15 @@ def make_run(
     unusable: int = 7,
     hostile: bool = False,
     side: int = 32,
+    attacks: bool = False,
 ) -> RunDir:
-    """An open run folder; `planted`: poisoned share, `budget`: share of clean samples over the threshold."""
+    """An open run folder.
+
+    Args:
+        planted: poisoned share, half of it in either group.
+        budget: share of clean samples over the threshold.
+        attacks: whether groups.json names the planted groups.
+    """
     rng = np.random.default_rng(seed)
     everything = samples + trusted
     class_id = rng.integers(0, len(CLASSES), everything).astype(np.int32)
@@ -73,6 +81,8 @@ def make_run(
     (path / "pixels").mkdir(exist_ok=True)
     np.save(path / "pixels" / "pixels.npy", _pictures(rng, class_id, attack, side))
     _write_index(path, samples, shard, keys, labels, class_id, status)
+    if attacks:
+        write_groups(path, [(8, classes[8], attack == 1), (3, classes[3], attack == 2)])
     suspicious = np.nan_to_num(raw[:samples], nan=-9.0) >= THRESHOLD
     flagged = suspicious | (status[:samples] != "ok")
     write_decisions(
@@ -146,10 +156,27 @@ def _write_index(
                 "label": pa.array(labels, pa.string()),
                 "class_id": pa.array(class_id, pa.int32()),
                 "trusted": pa.array(np.arange(n) >= samples, pa.bool_()),
+                "image_sha256": pa.array([f"{i:064x}" for i in range(n)], pa.string()),
                 "status": pa.array(status, pa.string()),
             }
         ),
     )
+
+
+def write_groups(path: Path, groups: list[tuple[int, str, npt.NDArray[np.bool_]]]) -> None:
+    """groups.json with these classes, labels and members; only the first shows in the pixels."""
+    records = [
+        {
+            "class_id": class_id,
+            "label": label,
+            "signal": "activations" if number else "pixels",
+            "separation": 6.0 - 2 * number,
+            "trusted": 0,
+            "rows": np.flatnonzero(inside)[::-1].tolist(),
+        }
+        for number, (class_id, label, inside) in enumerate(groups)
+    ]
+    (path / "groups.json").write_text(json.dumps(records))
 
 
 def write_decisions(
@@ -265,5 +292,5 @@ def _describe(
 if __name__ == "__main__":
     from sanitize.reporting.build import build_report
 
-    with make_run(Path(sys.argv[1])) as made:
+    with make_run(Path(sys.argv[1]), attacks=True) as made:
         print(build_report(made))

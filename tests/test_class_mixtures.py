@@ -96,10 +96,28 @@ def test_small_classes_are_left_alone() -> None:
     assert class_mixtures.find(inputs, []) == []
 
 
+@pytest.mark.parametrize("different", [0, 1])
+def test_images_that_hardly_differ(different: int) -> None:
+    """No direction at all, or fewer than are asked for."""
+    images = np.zeros((600, 8, 8, 3), np.uint8)
+    images[:, 0, 0, :different] = np.random.default_rng(0).integers(0, 256, (600, 1))
+    inputs = ScoreInputs(
+        trajectories=np.ones((600, 3), np.float32),
+        class_id=(np.arange(600) % 2).astype(np.int32),
+        trusted=np.arange(600) < 50,
+        seed=0,
+        images=lambda: images,
+    )
+    assert class_mixtures.find(inputs, [np.arange(600, dtype=np.float32)]) == []
+
+
 def test_evidence_of_a_method_with_and_without_groups() -> None:
     inputs, _ = corpus(0.1)
     inputs = dataclasses.replace(inputs, second_opinion=lambda: np.ones(len(inputs.class_id), np.float32))
     plain, combined = evidence("mahalanobis", inputs), evidence("combined", inputs)
+    alone = evidence("class-mixtures", inputs)
+    assert [group.class_id for group in alone.groups] == [1]
+    np.testing.assert_array_equal(alone.score, alone.signals["group_log_odds"])
     assert plain.groups == []
     assert plain.signals == {}
     assert [group.class_id for group in combined.groups] == [1]

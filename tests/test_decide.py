@@ -168,7 +168,7 @@ def judged(small_class: bool = False) -> tuple[ScoreInputs, list[str]]:
         trusted=np.arange(104) < 100,
         seed=0,
     )
-    return inputs, reasons(inputs, np.arange(100, 104))
+    return inputs, reasons(inputs, {}, np.arange(100, 104))
 
 
 def test_reasons_in_words() -> None:
@@ -224,3 +224,34 @@ def test_an_alpha_that_could_flag_nothing_is_refused() -> None:
 def test_nothing_to_reject_is_refused() -> None:
     with pytest.raises(UsageError, match="--reject 0"):
         config(reject=0.0)
+
+
+def test_a_group_comes_before_a_label_conflict_and_this_before_the_trajectory() -> None:
+    trajectories = np.linspace(1, 2, 60, dtype=np.float32)[:, None].repeat(4, 1)
+    inputs = ScoreInputs(
+        trajectories=trajectories,
+        class_id=np.zeros(60, np.int32),
+        trusted=np.arange(60) < 40,
+        seed=0,
+    )
+    conflict = np.arange(60, dtype=np.float32)
+    odds = np.where(np.arange(60) == 59, 3, -20).astype(np.float32)
+    found = {"label_conflict": conflict, "group_log_odds": odds}
+    rows = np.array([50, 59])
+    assert reasons(inputs, found, rows) == [
+        "a second model, which learns no triggers, believes its label less than that of all trusted samples"
+        " of its class",
+        "shares something with other samples of its label",
+    ]
+    assert "learned later" in reasons(inputs, {}, rows)[1]
+
+
+def test_reject_with_ties_counts_only_trusted_samples_above_them() -> None:
+    scores = np.full(100, -20, np.float32)
+    scores[[60, 61, 3]] = 5
+    trusted = np.arange(100) < 50
+    config = DecisionConfig(method="abl", alpha=None, reject=0.2, class_cap=None)
+    made = decide.decide(scores, np.zeros(100, np.int32), trusted, config)
+    assert made.flagged.sum() == 10
+    assert made.flagged[[60, 61]].all()
+    assert made.trusted_flagged_ratio == pytest.approx(1 / 50)

@@ -28,6 +28,8 @@ EPOCHS = 12
 LEARNING_RATE = 2e-3
 WEIGHT_DECAY = 1e-3
 BATCH = 256
+BATCHES = 25
+"""A small corpus gets smaller batches, so that an epoch has about this many."""
 SHIFT = 1 / 8
 """Largest shift, as a share of the image's side; what it leaves empty is mirrored in."""
 LABEL_SMOOTHING = 0.1
@@ -121,7 +123,8 @@ def _train_epoch(
 
     network.train()
     order = torch.from_numpy(np.random.default_rng([seed, epoch, 5]).permutation(kept)).to(batches.home)
-    pieces = torch.tensor_split(order, max(1, len(order) // BATCH))
+    batch = min(BATCH, max(16, len(order) // BATCHES))
+    pieces = torch.tensor_split(order, max(1, len(order) // batch))
     for step, positions in enumerate(pieces):
         rate = _learning_rate((epoch + step / len(pieces)) / EPOCHS)
         for group in optimizer.param_groups:

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from sanitize.reporting import facts as facts_of
 from sanitize.reporting.page import render
-from sanitize.reporting.thumbnails import LabelGroups, suspicious_groups
+from sanitize.reporting.thumbnails import LabelGroups, pictures_of
+from sanitize.reporting.trusted_check import trusted_check
+from sanitize.reporting.verdict import judge
 from sanitize.rundir import RunDir, disk_errors, write_atomic
 
 HTML, JSON = "report.html", "report.json"
@@ -26,9 +26,9 @@ class Report:
     verdict: str
     """One sentence."""
     verdict_code: str
-    """``excess``, ``shared`` (no excess overall, but pictures with a shared mark), ``labels`` (no excess
-    overall, but in some labels), ``no-excess``, ``nothing``, ``fewer`` (than in the trusted set) or
-    ``unknown``."""
+    """``groups`` (suspected attacks), ``excess``, ``shared`` (no excess overall, but pictures with a shared
+    mark), ``labels`` (no excess overall, but in some labels), ``no-excess``, ``nothing``, ``fewer`` (than in
+    the trusted set) or ``unknown``."""
     samples: int
     """Corpus samples in the index."""
     kept: int
@@ -49,8 +49,8 @@ class Report:
 def build_report(run: RunDir) -> Report:
     """Write report.html and report.json of a run whose decision has been made.
 
-    Reads manifest.json, index.parquet, decisions.parquet and, where they exist, decision_scores.npy,
-    trajectories.npy and pixels/; writes each file atomically.
+    Reads manifest.json, index.parquet, decisions.parquet and, where they exist, groups.json,
+    decision_scores.npy, trajectories.npy and pixels/; writes each file atomically.
 
     Raises:
         InputError: index or decisions are missing or disagree.
@@ -58,12 +58,12 @@ def build_report(run: RunDir) -> Report:
     """
     data = facts_of.read_run(run)
     facts = facts_of.collect(data)
-    groups = suspicious_groups(run, data, facts["classes"])
-    rows = sorted({row for label in groups or [] for group in label.groups for row, _ in group.shown})
-    members = dict(zip(rows, facts_of.take(data, np.array(rows, np.int64)), strict=True))
-    facts["groups"] = None if groups is None else facts_of.finite([_group_facts(label) for label in groups])
-    facts = {"verdict": facts_of.judge(run, facts), **facts}
-    page = render(facts, groups, members)
+    facts["trusted_check"] = facts_of.finite(trusted_check(data, facts["classes"], facts["excess"]))
+    pictures = pictures_of(run, data, facts)
+    facts["groups"] = pictures and facts_of.finite([_group_facts(label) for label in pictures.groups])
+    facts = {"verdict": judge(run, facts), **facts}
+    shown = facts_of.take(data, pictures.rows) if pictures else []
+    page = render(facts, pictures, {row["sample_id"]: row for row in shown})
     with disk_errors(run.path):
         write_atomic(run / HTML, page.encode("utf-8"))
         write_atomic(

@@ -1,13 +1,13 @@
 """The facts of a run as one plain dict: what report.json holds and what the page shows.
 
-Reads decisions, index, scores and trajectories; never an image. Everything here is a count, a share or a text
-as it stands in the run folder, so the page cannot say something that the JSON does not.
+Reads decisions, index, scores, groups and trajectories; never an image. Everything here is a count, a share
+or a text as it stands in the run folder, so the page cannot say something that the JSON does not.
 """
 
 from __future__ import annotations
 
+import json
 import math
-import shlex
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
@@ -26,6 +26,7 @@ BAND_SAMPLES = 2000
 TOP_SAMPLES = 100
 EXAMPLES = 5
 _COLUMNS = ("sample_id", "shard", "key", "label", "status", "anomaly_score", "p_value", "flagged", "reason")
+_INDEX = ("shard", "key", "label", "class_id", "trusted", "image_sha256", "status")
 _DICTIONARY = ("shard", "label", "status", "reason")
 
 Facts = dict[str, Any]
@@ -51,6 +52,10 @@ class RunData:
     trusted_rows: Rows
     """Index rows of the usable trusted samples."""
     trusted_unusable: int
+    index: pa.Table
+    """N + M rows."""
+    groups: list[Facts]
+    """groups.json: suspected attacks, crispest first; `rows` are index rows, the surest members first."""
     raw_scores: npt.NDArray[np.float32]
     """(N + M,) NaN for none; all NaN when the file is missing."""
     trajectories: npt.NDArray[np.float32] | None
@@ -59,6 +64,19 @@ class RunData:
     @property
     def suspicious(self) -> Mask:
         return self.flagged & self.usable
+
+    @property
+    def grouped(self) -> Mask:
+        """(N,) belongs to a suspected attack."""
+        inside = np.zeros(len(self.class_id), bool)
+        for group in self.groups:
+            inside[group["rows"]] = True
+        return inside[: self.n]
+
+    def members(self, group: Facts) -> Rows:
+        """Corpus rows of one of the groups, the surest first."""
+        rows = np.array(group["rows"], np.int64)
+        return rows[rows < self.n]
 
     @property
     def n(self) -> int:
@@ -84,7 +102,9 @@ def read_run(run: RunDir) -> RunData:
         columns=[name for name in _COLUMNS if name in have],
         read_dictionary=[name for name in _DICTIONARY if name in have],
     )
-    index = pq.read_table(run / "index.parquet", columns=["class_id", "trusted", "status"])
+    index = pq.read_table(
+        run / "index.parquet", columns=list(_INDEX), read_dictionary=["shard", "label", "status"]
+    )
     n, everything = decisions.num_rows, index.num_rows
     trusted = index["trusted"].to_numpy(zero_copy_only=False)
     if n != everything - int(trusted.sum()):
@@ -106,9 +126,17 @@ def read_run(run: RunDir) -> RunData:
         class_id=index["class_id"].to_numpy().astype(np.int32),
         trusted_rows=trusted_rows.astype(np.int64),
         trusted_unusable=len(index_ok) - len(trusted_rows),
+        index=index,
+        groups=_groups(run),
         raw_scores=raw,
         trajectories=_trajectories(run, everything),
     )
+
+
+def _groups(run: RunDir) -> list[Facts]:
+    path = run / "groups.json"
+    groups: list[Facts] = json.loads(path.read_bytes()) if path.is_file() else []  # older runs have none
+    return groups
 
 
 def _raw_scores(run: RunDir, rows: int) -> npt.NDArray[np.float32]:
@@ -154,7 +182,7 @@ def most_suspicious(data: RunData, among: Mask, count: int) -> Rows:
 
 
 def collect(data: RunData) -> Facts:
-    """All facts of the report but the verdict and the groups of pictures; in JSON types."""
+    """All facts but the verdict, the check of the trusted set and the groups of pictures; in JSON types."""
     manifest, decision = data.manifest, data.decision
     counts = _counts(data)
     excess = _excess(data, counts)
@@ -164,6 +192,7 @@ def collect(data: RunData) -> Facts:
         "excess": excess,
         "decision": decision,
         "classes": classes,
+        "suspected_attacks": [_attack(data, group) for group in data.groups],
         "reasons": _reasons(data),
         "bands": _bands(data),
         "histogram": _histogram(data),
@@ -327,6 +356,22 @@ def _classes(data: RunData, excess: Facts) -> list[Facts]:
     return sorted(rows, key=lambda row: (-row["ratio"], -row["suspicious"], row["class_id"]))
 
 
+def _attack(data: RunData, group: Facts) -> Facts:
+    rows, class_id = data.members(group), group["class_id"]
+    of_label = int((data.usable & (data.class_id[: data.n] == class_id)).sum())
+    return {
+        "label": group["label"],
+        "samples": len(rows),
+        "flagged": int(data.flagged[rows].sum()),
+        "share_of_label": len(rows) / max(of_label, 1),
+        "signal": group["signal"],
+        "separation": group["separation"],
+        "trusted": group["trusted"],
+        "trusted_of_label": int((data.class_id[data.trusted_rows] == class_id).sum()),
+        "sample_ids": rows,
+    }
+
+
 def _reasons(data: RunData, count: int = 8) -> list[Facts]:
     if "reason" not in data.decisions.column_names:
         return []
@@ -446,121 +491,3 @@ def _shards(manifest: Facts) -> list[Facts]:
             }
         )
     return rows
-
-
-def percent(ratio: float) -> str:
-    """A share for reading: 0.0731 is "7.3 %"; what is not zero never reads as zero."""
-    value = 100 * ratio
-    if value and abs(value) < 0.1:
-        return "under 0.1 %" if value > 0 else "over −0.1 %"
-    return f"{value:.1f} %" if abs(value) < 99.95 or abs(value) == 100 else f"{value:.2f} %"
-
-
-def judge(run: RunDir, facts: Facts) -> Facts:
-    """The verdict on collected facts, `groups` among them: code, sentence, details, labels, next steps."""
-    counts, excess = facts["counts"], facts["excess"]
-    labels = [row["label"] for row in facts["classes"] if row["stands_out"]]
-    shared = [
-        (label["label"], group["samples"])
-        for label in facts["groups"] or []
-        for group in label["groups"]
-        if group["shares_detail"]
-    ]
-    code, sentence = _sentence(counts, excess, len(labels), len(shared))
-    details = []
-    if excess["known"]:
-        details.append(
-            f"{percent(excess['corpus_ratio'])} of the usable corpus lies over the threshold, against "
-            f"{percent(excess['trusted_ratio'])} of {excess['trusted_scored']:,} trusted samples. "
-            "As there are only that many, the true share for clean data may lie anywhere from "
-            f"{percent(excess['trusted_low'])} to {percent(excess['trusted_high'])} (95 % interval)."
-        )
-    if code == "excess":
-        details.append(
-            f"That leaves about {excess['samples']:,} samples more than clean data explains "
-            f"(between {max(0, excess['samples_low']):,} and {excess['samples_high']:,}). The rest of "
-            "what is "
-            "flagged is the price agreed on in advance: clean samples given up."
-        )
-    elif code in ("shared", "labels") and excess["known"]:
-        details.append(
-            "The share alone is no more than clean data could show, but an attack aims at one label and "
-            "drowns in "
-            "the whole. A label can also stand out because it is hard to learn: the pictures below decide."
-        )
-    elif code == "no-excess":
-        details.append(
-            "Most of what is flagged is then the price agreed on in advance. A small attack, or one whose "
-            "samples are learned like clean ones, can still be in what was kept."
-        )
-    return {
-        "code": code,
-        "sentence": sentence,
-        "details": details,
-        "labels": labels,
-        "shared_detail": [{"label": label, "samples": samples} for label, samples in shared],
-        "next": _next_steps(code, run, counts, bool(labels or shared), facts["decision"]),
-    }
-
-
-def _sentence(counts: Facts, excess: Facts, standing_out: int, shared: int) -> tuple[str, str]:
-    if not counts["usable"]:
-        return "unknown", "No sample of this corpus could be used, so nothing was judged."
-    if not excess["over_threshold"]:
-        return "nothing", "Nothing looks suspicious. This does not prove the corpus clean."
-    if excess["known"] and excess["low"] > 0:
-        return "excess", "More is flagged than clean data explains."
-    if shared:
-        groups = "One group" if shared == 1 else f"{shared:,} groups"
-        return "shared", f"{groups} of flagged pictures share{'s' * (shared == 1)} a mark that looks planted."
-    if not excess["known"]:
-        return "unknown", (
-            f"{counts['suspicious']:,} samples are flagged; how many of them are poison is open, "
-            "because this run holds no trusted samples to compare with."
-        )
-    if excess["high"] < 0:
-        return "fewer", "The trusted samples look stranger than the corpus: check the trusted set first."
-    if standing_out:
-        labels = "one label stands" if standing_out == 1 else f"{standing_out:,} labels stand"
-        return "labels", f"Overall, no more is flagged than clean data would explain, but {labels} out."
-    return (
-        "no-excess",
-        "No more is flagged than clean data would explain. This does not prove the corpus clean.",
-    )
-
-
-def _next_steps(code: str, run: RunDir, counts: Facts, where_known: bool, decision: Facts) -> list[Facts]:
-    option = "reject" if decision.get("reject") is not None else "alpha"
-    half = max((decision.get(option) or 0.1) / 2, 0.01)
-    command = f"sanitize filter {shlex.quote(str(run.path))} --{option} {half:g}"
-    steps: list[Facts] = []
-    if code == "fewer":
-        steps.append(
-            {
-                "text": "Find out where the trusted samples come from: same source, same cameras and "
-                "codecs, same "
-                "labelling rules? If not, the threshold means nothing; scan again with a better trusted set."
-            }
-        )
-    if counts["reconciles"] is False:
-        steps.append(
-            {"text": "Do not train yet: the counts of the written shards do not add up (see below)."}
-        )
-    if code in ("excess", "shared", "labels"):
-        where = " Start with the labels named above." if where_known else ""
-        steps.append(
-            {"text": f"Look at the groups of suspicious samples below: do they share a mark?{where}"}
-        )
-    if counts["unusable"]:
-        steps.append(
-            {"text": f"See why {counts['unusable']:,} samples could not be used; broken input is not clean."}
-        )
-    steps.append({"text": "Train on the shards in kept/, not on the original ones."})
-    steps.append(
-        {
-            "text": "Too much or too little taken out? Decide again in seconds, without training. Everything "
-            "taken out is in quarantine/, byte for byte.",
-            "command": command,
-        }
-    )
-    return steps

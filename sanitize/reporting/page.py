@@ -6,23 +6,22 @@ through `show`, which escapes it and makes control and direction characters visi
 
 from __future__ import annotations
 
-import html
 import json
 import string
-import unicodedata
 from importlib import resources
 from typing import Any
 
-from sanitize.reporting.facts import Facts, percent
+from sanitize.reporting.facts import Facts
+from sanitize.reporting.page_samples import suspected_attacks, suspicious_samples, trusted_set
 from sanitize.reporting.plots import bands_plot, histogram_plot, responsive, swatch
-from sanitize.reporting.thumbnails import Group, LabelGroups
+from sanitize.reporting.text import number_of, percent, show, show_long
+from sanitize.reporting.thumbnails import Pictures
 
 CLASSES_SHOWN = 40
 SHARDS_SHOWN = 2000
-LONGEST_TEXT = 240
-LABELS_OPEN = 3
 
 _MARKS = {
+    "groups": "▲ Look closer",
     "excess": "▲ Look closer",
     "shared": "▲ Look closer",
     "labels": "▲ Look closer",
@@ -33,41 +32,29 @@ _MARKS = {
 }
 
 
-def show(text: object) -> str:
-    """`text` as inert HTML: escaped, shortened, invisible and direction-changing characters spelled out."""
-    plain = "" if text is None else str(text)
-    if len(plain) > LONGEST_TEXT:
-        plain = f"{plain[: LONGEST_TEXT - 60]} … {plain[-50:]}"
-    return html.escape("".join(_visible(character) for character in plain), quote=True)
-
-
-def _visible(character: str) -> str:
-    # Cc control, Cf format (bidi, zero width), Cs surrogates, Co private, Cn unassigned, Zl Zp line ends
-    if unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"):
-        return character
-    code = ord(character)
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
-
-
-def render(facts: Facts, groups: list[LabelGroups] | None, members: dict[int, Facts]) -> str:
+def render(facts: Facts, pictures: Pictures | None, shown: dict[int, Facts]) -> str:
     """The page.
 
     Args:
-        facts: of `facts.collect`.
-        groups: pictures by label; None when the run has no pixel cache any more.
-        members: decision row of every sample shown in `groups`.
+        facts: all of report.json.
+        pictures: None when the run has no pixel cache any more.
+        shown: decision row of every corpus sample in `pictures`.
     """
     here = resources.files("sanitize.reporting")
     template = string.Template((here / "page.html").read_text(encoding="utf-8"))
     versions = facts["versions"]
     program = f"sanitize {show(versions['sanitize'])}" if versions.get("sanitize") else "sanitize"
+    trusted = trusted_set(facts, pictures)
     return template.substitute(
         css=(here / "page.css").read_text(encoding="utf-8"),
         title=show("sanitize: " + facts["verdict"]["sentence"]),
         verdict=_verdict(facts),
         notes=_notes(facts),
         counts=_counts(facts),
-        pictures=_pictures(facts, groups, members),
+        attacks=suspected_attacks(facts, pictures, shown),
+        suspicious=suspicious_samples(facts, pictures, shown),
+        alarm=trusted if facts["trusted_check"]["alarming"] else "",
+        trusted="" if facts["trusted_check"]["alarming"] else trusted,
         classes=_classes(facts),
         scores=_scores(facts),
         losses=_losses(facts),
@@ -82,16 +69,19 @@ def _verdict(facts: Facts) -> str:
     verdict = facts["verdict"]
     paragraphs = "".join(f"<p>{show_long(text)}</p>" for text in verdict["details"][:1])
     names = verdict["labels"]
+    also, other = ("also ", "Other pictures") if facts["suspected_attacks"] else ("", "Pictures")
     if names:
         shown = ", ".join(f"<strong>{show(name)}</strong>" for name in names[:6])
         more = f" and {len(names) - 6:,} more" if len(names) > 6 else ""
-        paragraphs += f"<p>What is flagged gathers in {_count(len(names), 'label')}: {shown}{more}.</p>"
+        paragraphs += (
+            f"<p>What is flagged {also}gathers in {number_of(len(names), 'label')}: {shown}{more}.</p>"
+        )
     if verdict["shared_detail"]:
         shared = ", ".join(
             f"{group['samples']:,} labelled <strong>{show(group['label'])}</strong>"
             for group in verdict["shared_detail"][:6]
         )
-        paragraphs += f"<p>Pictures that share a fixed detail, as a trigger would leave: {shared}.</p>"
+        paragraphs += f"<p>{other} that share a fixed detail, as a trigger would leave: {shared}.</p>"
     paragraphs += "".join(f"<p>{show_long(text)}</p>" for text in verdict["details"][1:])
     steps = "".join(
         f"<li>{show_long(step['text'])}"
@@ -105,11 +95,6 @@ def _verdict(facts: Facts) -> str:
         f'<section class="next" aria-label="What to do next"><h2>What to do next</h2><ol>{steps}</ol>'
         "</section>"
     )
-
-
-def show_long(text: str) -> str:
-    """`show` without shortening, for our own sentences, which may carry a path."""
-    return html.escape("".join(_visible(character) for character in text), quote=True)
 
 
 def _notes(facts: Facts) -> str:
@@ -150,7 +135,7 @@ def _reconciled(facts: Facts) -> str:
         return '<p class="sum-line soft">The shards have not been written yet.</p>'
     if counts["reconciles"]:
         files = sum(not shard["trusted"] for shard in facts["shards"])
-        shards = _count(files, "shard")
+        shards = number_of(files, "shard")
         return (
             f'<p class="sum-line soft">The same numbers were read back from what was written ({shards}).</p>'
         )
@@ -159,124 +144,6 @@ def _reconciled(facts: Facts) -> str:
         f"{counts['written_kept']:,} kept and {counts['written_quarantined']:,} quarantined samples. Do "
         "not train on "
         "them; run the same command again.</p>"
-    )
-
-
-def _count(n: int, noun: str) -> str:
-    plural = noun + ("es" if noun.endswith("s") else "s")
-    return f"{n:,} {noun if n == 1 else plural}"
-
-
-def _pictures(facts: Facts, groups: list[LabelGroups] | None, members: dict[int, Facts]) -> str:
-    head = "<section><h2>The most suspicious samples</h2>"
-    if not facts["counts"]["suspicious"]:
-        return f'{head}<p class="lead">No sample is suspicious, so there is nothing to show.</p></section>'
-    if groups is None:
-        lead = (
-            '<p class="lead">No pictures: the pixel cache of this run (pixels/) is gone. The samples are '
-            "listed "
-            "without them; the originals are in quarantine/.</p>"
-        )
-        rows = [(str(i + 1), row) for i, row in enumerate(facts["top_suspicious"])]
-        return f'{head}{lead}<div class="scroll">{_sample_table(rows)}</div>{_reasons(facts)}</section>'
-    lead = (
-        '<p class="lead">Grouped by label, and inside a label by likeness in picture and learning. Look '
-        "at the "
-        "shared detail: it shows what a group has in common beyond kept samples of its label. Chance "
-        "leaves it an "
-        "uneven grey of up to about 5 standard errors; a sharp mark or a regular pattern is what a planted "
-        "trigger looks like.</p>"
-    )
-    blocks = [_label_block(label, members) for label in groups]
-    page = "".join(blocks[:LABELS_OPEN])
-    if len(blocks) > LABELS_OPEN:
-        page += (
-            f"<details><summary>{_count(len(blocks) - LABELS_OPEN, 'more label')}</summary>"
-            f"{''.join(blocks[LABELS_OPEN:])}</details>"
-        )
-    return f"{head}{lead}{page}{_reasons(facts)}</section>"
-
-
-def _label_block(label: LabelGroups, members: dict[int, Facts]) -> str:
-    looked = (
-        ""
-        if label.looked_at == label.suspicious
-        else f" The {label.looked_at:,} highest scores are grouped here."
-    )
-    name = show(label.label)
-    groups = "".join(_group_block(i, group, label, members) for i, group in enumerate(label.groups))
-    return (
-        f'<div class="label-block"><h3>{name}</h3><p class="soft">{label.suspicious:,} of '
-        f"{label.usable:,} samples "
-        f"with this label are suspicious "
-        f"({percent(label.suspicious / max(label.usable, 1))}).{looked}</p>{groups}</div>"
-    )
-
-
-def _group_block(i: int, group: Group, label: LabelGroups, members: dict[int, Facts]) -> str:
-    rows = [members[row] for row, _ in group.shown]
-    of = f"Group {i + 1} of {len(label.groups)}: " if len(label.groups) > 1 else ""
-    name = show(label.label)
-    images = "".join(
-        f'<li><img src="{picture}" alt="{show(row["key"])}" title="{show(row["key"])}" width="68" '
-        'height="68">'
-        f"<small>{n + 1} · {_score(row['anomaly_score'])}</small></li>"
-        for n, ((_, picture), row) in enumerate(zip(group.shown, rows, strict=True))
-    )
-    detail, call = "", ""
-    if group.detail is not None and group.strength is not None:
-        detail = (
-            f'<figure><img src="{group.detail}" alt="Shared detail of this group, label {name}" width="112" '
-            f'height="112"><figcaption>shared detail: {group.strength:.0f} standard errors</figcaption>'
-            "</figure>"
-        )
-    if group.shares_detail:
-        call = (
-            '<p class="call">▲ These pictures share a fixed detail that kept samples of this label lack: '
-            "a trigger, a watermark, or copies of one picture.</p>"
-        )
-    listed = _sample_table([(str(n + 1), row) for n, row in enumerate(rows)])
-    return (
-        f'<div class="group"><p><strong>{of}{_count(len(group.rows), "sample")}</strong> <span '
-        'class="soft">(the first '
-        f'{len(rows)} shown, most suspicious first: number · score)</span></p>{call}<div class="evidence">'
-        '<div class="two">'
-        f'<figure><img src="{group.mean}" alt="Mean picture of this group, label {name}" width="112" '
-        'height="112">'
-        f"<figcaption>mean of the group</figcaption></figure>{detail}</div>"
-        f'<ol class="strip">{images}</ol></div>'
-        f'<details><summary>Keys, scores and reasons</summary><div class="scroll">{listed}</div></details>'
-        "</div>"
-    )
-
-
-def _score(score: float | None) -> str:
-    return "–" if score is None or score != score else f"{score:.3f}"
-
-
-def _sample_table(rows: list[tuple[str, Facts]]) -> str:
-    body = "".join(
-        f'<tr><td class="num soft">{number}</td><td class="mono">{show(row["key"])}</td>'
-        f'<td>{show(row["label"])}</td><td class="mono soft">{show(row["shard"])}</td>'
-        f'<td class="num">{_score(row["anomaly_score"])}</td><td>{show(row.get("reason"))}</td></tr>'
-        for number, row in rows
-    )
-    return (
-        '<table class="stack-table"><thead><tr><th>#</th><th>key</th><th>label</th><th>shard</th>'
-        f'<th class="num">score</th><th>reason</th></tr></thead><tbody>{body}</tbody></table>'
-    )
-
-
-def _reasons(facts: Facts) -> str:
-    if not facts["reasons"]:
-        return ""
-    body = "".join(
-        f'<tr><td>{show(row["reason"])}</td><td class="num">{row["count"]:,}</td></tr>'
-        for row in facts["reasons"]
-    )
-    return (
-        "<details><summary>The most frequent reasons</summary><table><thead><tr><th>reason</th>"
-        f'<th class="num">samples</th></tr></thead><tbody>{body}</tbody></table></details>'
     )
 
 
@@ -305,13 +172,13 @@ def _classes(facts: Facts) -> str:
     if len(rows) > len(shown):
         flagged = sum(row["suspicious"] for row in rows[len(shown) :])
         rest = (
-            f'<p class="sum-line soft">{_count(len(rows) - len(shown), "more class")} with lower shares, '
+            f'<p class="sum-line soft">{number_of(len(rows) - len(shown), "more class")} with lower shares, '
             "together "
             f"{flagged:,} suspicious samples: see report.json.</p>"
         )
     spared = excess.get("spared_by_cap") or 0
     if spared:
-        rest += f'<p class="sum-line soft">The cap kept {_count(spared, "sample")} over the threshold.</p>'
+        rest += f'<p class="sum-line soft">The cap kept {number_of(spared, "sample")} over the threshold.</p>'
     lead = "How much of each class is suspicious, highest share first."
     return (
         f'<section><h2>Removed per class</h2><p class="lead">{lead}</p><p class="sum-line '

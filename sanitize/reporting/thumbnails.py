@@ -1,6 +1,6 @@
-"""The most suspicious samples as pictures, grouped by label and, inside a label, by likeness.
+"""Samples as pictures: sheets of the suspected attacks, the other suspicious samples by label and likeness.
 
-A group's mean picture, and what of its fine detail sets it apart from kept samples of the same label, make a
+A group's mean picture, and what of its fine detail sets it apart from other samples of the same label, make a
 shared trigger visible: natural detail differs from picture to picture and averages out, a trigger does not.
 """
 
@@ -28,11 +28,19 @@ STRONG = 6.0
 reach 2.8 to 5.0; 70 to 145 pictures with a four-pixel corner mark 21 to 29, with a faint sinusoid 9 to 11."""
 FEWEST = 8
 """Smallest group whose shared detail is called out."""
-BUDGET_BYTES = 1_900_000
-"""For all pictures together, as base64 text."""
+SHEETS = 12
+"""Suspected attacks that are shown as pictures, the crispest."""
+PER_SHEET = 12
+SHEET_REFERENCE = 2000
+"""Members, and others of the label, that a mean is taken over: it is then good to about two levels of 255."""
+TRUSTED_SHOWN = 24
+LIKENESS_BYTES, SHEETS_BYTES, TRUSTED_BYTES = 1_300_000, 900_000, 200_000
+"""For the pictures of each section, as base64 text."""
 
 Pixels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
+Strip = list[tuple[int, str]]
+"""Index row and picture (a PNG data URI) of each sample."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +49,8 @@ class Group:
 
     rows: Rows
     """All members, the most suspicious first."""
-    shown: list[tuple[int, str]]
-    """Row and picture (a PNG data URI) of the first members."""
+    shown: Strip
+    """The first members."""
     mean: str
     detail: str | None
     """Fine detail of the mean minus that of kept samples, grey where equal; None without kept samples."""
@@ -56,7 +64,7 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True)
 class LabelGroups:
-    """The groups of one label; `looked_at` of its `suspicious` samples were compared."""
+    """The groups of one label; `looked_at` of its `suspicious` samples, those in no attack, were compared."""
 
     label: str
     suspicious: int
@@ -65,28 +73,103 @@ class LabelGroups:
     groups: list[Group]
 
 
-def suspicious_groups(run: RunDir, data: RunData, classes: list[Facts]) -> list[LabelGroups] | None:
-    """Groups for the labels most worth a look; None when the pixel cache has been deleted.
+@dataclass(frozen=True, kw_only=True)
+class Sheet:
+    """The contact sheet of a suspected attack."""
 
-    Args:
-        classes: rows of the report's class table.
-    """
+    members: Strip
+    """The surest."""
+    others: Strip
+    """Of the same label, drawn from those in no suspected attack."""
+    difference: str | None
+    """Mean of the members minus mean of the others, stretched, grey where equal; None without others."""
+    detail: str | None
+    """The fine detail of that difference."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pictures:
+    """All pictures of a report."""
+
+    sheets: list[Sheet]
+    """Of the first suspected attacks."""
+    groups: list[LabelGroups]
+    trusted: dict[int, str]
+    """Of the first trusted samples to look at, by index row."""
+
+    @property
+    def rows(self) -> Rows:
+        """Corpus rows that are shown."""
+        strips = [strip for sheet in self.sheets for strip in (sheet.members, sheet.others)]
+        strips += [group.shown for label in self.groups for group in label.groups]
+        return np.array(sorted({row for strip in strips for row, _ in strip}), np.int64)
+
+
+def pictures_of(run: RunDir, data: RunData, facts: Facts) -> Pictures | None:
+    """The pictures for collected facts; None when the pixel cache of the run has been deleted."""
     path = run / "pixels" / "pixels.npy"
     if not path.is_file():
         return None
     pixels: Pixels = np.load(path, mmap_mode="r")
-    if pixels.ndim != 4 or len(pixels) < data.n:
+    if pixels.ndim != 4 or len(pixels) != len(data.class_id):
         return None
-    worth = [row for row in classes if row["suspicious"]]
+    suspects = [row["sample_id"] for row in facts["trusted_check"]["suspects"][:TRUSTED_SHOWN]]
+    return Pictures(
+        sheets=[_sheet(data, pixels, group) for group in data.groups[:SHEETS]],
+        groups=_suspicious_groups(data, pixels, facts["classes"]),
+        trusted=dict(_strip(pixels, np.array(suspects, np.int64), TRUSTED_BYTES)),
+    )
+
+
+def _sheet(data: RunData, pixels: Pixels, group: Facts) -> Sheet:
+    rows = data.members(group)
+    of_class = data.class_id[: data.n] == group["class_id"]
+    others = np.flatnonzero(of_class & data.usable & ~data.grouped)
+    others = np.random.default_rng(0).permutation(others)[:SHEET_REFERENCE]
+    difference, detail = None, None
+    if len(rows) and len(others):
+        change = _mean(_read(pixels, rows[:SHEET_REFERENCE])) - _mean(_read(pixels, others))
+        difference, detail = _stretched(change), _stretched(_fine(change[None])[0])
+    budget = SHEETS_BYTES // min(len(data.groups), SHEETS)
+    half = (budget - len(difference or "") - len(detail or "")) // 2
+    return Sheet(
+        members=_strip(pixels, rows[:PER_SHEET], half),
+        others=_strip(pixels, others[:PER_SHEET], half),
+        difference=difference,
+        detail=detail,
+    )
+
+
+def _strip(pixels: Pixels, rows: Rows, budget: int) -> Strip:
+    """Pictures of `rows`, as many as fit `budget` but at least one."""
+    return _encoded(rows, _read(pixels, rows), budget)
+
+
+def _encoded(rows: Rows, pictures: Pixels, budget: int) -> Strip:
+    found: Strip = []
+    for row, picture in zip(rows, pictures, strict=False):
+        encoded = _png(picture)
+        budget -= len(encoded)
+        if budget < 0 and found:
+            break
+        found.append((int(row), encoded))
+    return found
+
+
+def _suspicious_groups(data: RunData, pixels: Pixels, classes: list[Facts]) -> list[LabelGroups]:
+    """Groups of what is flagged and in no suspected attack, for the labels most worth a look."""
+    ungrouped = set(data.class_id[: data.n][data.suspicious & ~data.grouped].tolist())
+    worth = [row for row in classes if row["class_id"] in ungrouped]
     worth.sort(key=lambda row: (not row["stands_out"], -row.get("excess", 0), -row["suspicious"]))
     worth = worth[:LABELS]
-    budget = BUDGET_BYTES // max(len(worth), 1)
+    budget = LIKENESS_BYTES // max(len(worth), 1)
     return [_label_groups(data, pixels, row, budget) for row in worth]
 
 
 def _label_groups(data: RunData, pixels: Pixels, row: Facts, budget: int) -> LabelGroups:
     of_class = data.class_id[: data.n] == row["class_id"]
-    rows = most_suspicious(data, of_class & data.suspicious, CANDIDATES)
+    suspicious = of_class & data.suspicious & ~data.grouped
+    rows = most_suspicious(data, suspicious, CANDIDATES)
     kept = np.flatnonzero(of_class & data.usable & ~data.flagged)
     if len(kept) > REFERENCE:
         kept = np.sort(np.random.default_rng(0).choice(kept, REFERENCE, replace=False))
@@ -104,7 +187,7 @@ def _label_groups(data: RunData, pixels: Pixels, row: Facts, budget: int) -> Lab
         groups.append(group)
     return LabelGroups(
         label=row["label"],
-        suspicious=row["suspicious"],
+        suspicious=int(suspicious.sum()),
         usable=row["usable"],
         looked_at=len(rows),
         groups=groups,
@@ -112,23 +195,15 @@ def _label_groups(data: RunData, pixels: Pixels, row: Facts, budget: int) -> Lab
 
 
 def _group(rows: Rows, pictures: Pixels, fine: Floats, reference: Floats, budget: int) -> Group:
-    mean = pictures.mean(axis=0, dtype=np.float32)
     detail, strength = None, None
     if len(pictures) >= 3 and len(reference) >= 20:
         deviation = _detail_deviation(fine, reference)
         strength = float(np.abs(deviation).max())
         # A fixed scale keeps pure chance grey; only what is far beyond it sets the scale itself.
         detail = _png(np.clip(127.5 + 127.5 * deviation / max(12.0, 0.6 * strength), 0, 255).astype(np.uint8))
-    encoded_mean = _png(mean.round().astype(np.uint8))
-    left = budget - len(encoded_mean) - len(detail or "")
-    shown: list[tuple[int, str]] = []
-    for row, picture in zip(rows[:PER_GROUP], pictures, strict=False):
-        encoded = _png(picture)
-        left -= len(encoded)
-        if left < 0 and shown:
-            break
-        shown.append((int(row), encoded))
-    return Group(rows=rows, shown=shown, mean=encoded_mean, detail=detail, strength=strength)
+    mean = _png(_mean(pictures).round().astype(np.uint8))
+    shown = _encoded(rows[:PER_GROUP], pictures, budget - len(mean) - len(detail or ""))
+    return Group(rows=rows, shown=shown, mean=mean, detail=detail, strength=strength)
 
 
 def _detail_deviation(ours: Floats, theirs: Floats) -> Floats:
@@ -141,7 +216,17 @@ def _detail_deviation(ours: Floats, theirs: Floats) -> Floats:
     return result
 
 
-def _fine(pictures: Pixels) -> Floats:
+def _mean(pictures: Pixels) -> Floats:
+    mean: Floats = pictures.mean(axis=0, dtype=np.float32)
+    return mean
+
+
+def _stretched(change: Floats) -> str:
+    """A difference of means as a picture: grey where equal, its largest value black or white."""
+    return _png((127.5 + 127.5 * change / max(float(np.abs(change).max()), 1.0)).astype(np.uint8))
+
+
+def _fine(pictures: Pixels | Floats) -> Floats:
     """What a picture has beyond its blurred self (n, h, w, 3): smooth scenery out, triggers stay."""
     from scipy.ndimage import gaussian_filter
 

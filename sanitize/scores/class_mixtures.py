@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from sanitize.scores import Group, ScoreInputs
+from sanitize.scores import Evidence, Group, ScoreInputs, mahalanobis
 from sanitize.scores.features import log_losses
 from sanitize.scores.network import block_activations
 
@@ -56,7 +56,14 @@ def score(inputs: ScoreInputs) -> Floats:
 
     Source: Tang et al., "Demon in the Variant" (SCAn), USENIX Security 2021; Ashman et al. 1994 for D.
     """
-    return log_odds(find(inputs, [early_ease(inputs)]), len(inputs.class_id))
+    return evidence(inputs).score
+
+
+def evidence(inputs: ScoreInputs) -> Evidence:
+    """The same with the groups."""
+    groups = find(inputs, hints(inputs))
+    odds = log_odds(groups, len(inputs.class_id))
+    return Evidence(score=odds, signals={"group_log_odds": odds}, groups=distinct(groups))
 
 
 def log_odds(groups: list[Group], samples: int) -> Floats:
@@ -67,12 +74,15 @@ def log_odds(groups: list[Group], samples: int) -> Floats:
     return best
 
 
-def early_ease(inputs: ScoreInputs) -> Floats:
-    """(N,) how soon a sample was learned: minus the mean log loss from a tenth to 40 % of the epochs."""
+def hints(inputs: ScoreInputs) -> list[Floats]:
+    """(N,) each: how early a sample was learned, and how unusual its trajectory is.
+
+    Early: minus the mean log loss from a tenth to 40 % of the epochs.
+    """
     logs = log_losses(inputs.trajectories)
     epochs = logs.shape[1]
-    ease: Floats = -logs[:, epochs // 10 : max(epochs // 10 + 1, 2 * epochs // 5)].mean(axis=1)
-    return ease
+    early = -logs[:, epochs // 10 : max(epochs // 10 + 1, 2 * epochs // 5)].mean(axis=1)
+    return [early, mahalanobis.score(inputs)]
 
 
 def find(inputs: ScoreInputs, hints: list[Floats]) -> list[Group]:
@@ -151,7 +161,9 @@ def _whitened(
         values = _centred(take(np.sort(rng.permutation(rows)[: max(2, round(share * len(rows)))])))
         total = total + values.T @ values
     variance, directions = torch.linalg.eigh(torch.as_tensor(total))
-    usable = variance > _NOISE * variance.mean()
+    usable = variance > _NOISE * variance.mean().clamp(min=1e-9)
+    if not usable.any():
+        return  # all images of a class are alike
     whitening = directions[:, usable] / (variance[usable] / (share * len(class_id))).sqrt()
     for rows in classes:
         yield rows, _centred(take(rows)) @ whitening
@@ -206,28 +218,29 @@ def _group(split: _Split, rows: npt.NDArray[np.intp], inputs: ScoreInputs, signa
 
 
 def _splits(values: torch.Tensor, hints: list[Floats], seed: int) -> list[_Split]:
-    """The class in two, begun from both ends of each leading direction and of each hint."""
-    count = min(DIRECTIONS, len(values) // 40)
-    z = (values @ _directions(values, hints, count, seed)).double().numpy()
-    starts = [*range(min(STARTS, count)), *range(count, z.shape[1])]
-    splits = [_split(z, sign * z[:, start]) for start in starts for sign in (1, -1)]
+    """The class in two, begun from both ends of each leading direction, and from where a hint points."""
+    import torch
+
+    leading = _leading(values, min(DIRECTIONS, len(values) // 40), seed)
+    z = (values @ leading).double().numpy()
+    splits = [_split(z, sign * z[:, start]) for start in range(min(STARTS, z.shape[1])) for sign in (1, -1)]
+    for hint in hints:
+        high = torch.from_numpy(hint >= np.quantile(hint, 0.9))
+        pointed = values @ (values[high].mean(0) - values[~high].mean(0))
+        with_hint = np.column_stack([z, pointed.double().numpy() / max(float(pointed.std()), 1e-12)])
+        splits.append(_split(with_hint, with_hint[:, -1]))
     return [split for split in splits if split is not None]
 
 
-def _directions(values: torch.Tensor, hints: list[Floats], count: int, seed: int) -> torch.Tensor:
-    """(D, count + hints) orthonormal: the leading directions, and where the hinted samples differ."""
+def _leading(values: torch.Tensor, count: int, seed: int) -> torch.Tensor:
+    """(D, at most count) orthonormal directions of the largest variance."""
     import torch
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         step = -(-len(values) // _CLASS_SAMPLES)
-        leading = torch.svd_lowrank(values[::step], q=min(count + 6, *values.shape), niter=4)[2][:, :count]
-    columns = [leading]
-    for hint in hints:
-        high = torch.from_numpy(hint >= np.quantile(hint, 0.9))
-        columns.append((values[high].mean(0) - values[~high].mean(0))[:, None])
-    basis: torch.Tensor = torch.linalg.qr(torch.cat(columns, 1))[0]
-    return basis
+        found: torch.Tensor = torch.svd_lowrank(values[::step], q=min(count + 6, *values.shape), niter=4)[2]
+        return found[:, :count]
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ def evidence(inputs: ScoreInputs) -> Evidence:
     Source: ours, from the two methods it joins.
     """
     conflict = label_conflict.score(inputs)
-    groups = class_mixtures.find(inputs, [class_mixtures.early_ease(inputs), conflict])
+    groups = class_mixtures.find(inputs, [*class_mixtures.hints(inputs), conflict])
     odds = class_mixtures.log_odds(groups, len(conflict))
     scaled = np.minimum(_in_spreads(conflict, inputs.class_id), LARGEST_CONFLICT)
     return Evidence(

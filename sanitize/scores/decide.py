@@ -130,13 +130,18 @@ def centre_within_class(
 def _highest(
     scores: npt.NDArray[np.float32], eligible: npt.NDArray[np.bool_], count: int, also: npt.NDArray[np.bool_]
 ) -> npt.NDArray[np.bool_]:
-    """The `count` eligible rows with the highest scores (ties: first come), and `also` rows over them."""
+    """The `count` eligible rows with the highest scores (ties: first come), and `also` rows over them.
+
+    Where the lowest chosen score is shared with rows that were not chosen, `also` rows must be above it.
+    """
     rows = np.flatnonzero(eligible)
-    chosen = rows[np.argsort(-scores[rows], kind="stable")[:count]]
+    order = rows[np.argsort(-scores[rows], kind="stable")]
     over = np.zeros(len(scores), bool)
     if count:
-        over[chosen] = True
-        over |= also & (scores >= scores[chosen].min())
+        over[order[:count]] = True
+        lowest = scores[order[count - 1]]
+        tied = count < len(order) and scores[order[count]] == lowest
+        over |= also & (scores > lowest if tied else scores >= lowest)
     return over
 
 
@@ -191,8 +196,29 @@ def signals(trajectories: npt.NDArray[np.float32]) -> dict[str, npt.NDArray[np.f
     }
 
 
-def reasons(inputs: ScoreInputs, rows: npt.NDArray[np.intp]) -> list[str]:
-    """A reason in words for each of `rows`: the trait in which it differs most from the trusted samples."""
+def reasons(
+    inputs: ScoreInputs, found: dict[str, npt.NDArray[np.float32]], rows: npt.NDArray[np.intp]
+) -> list[str]:
+    """A reason in words for each of `rows`.
+
+    Args:
+        found: (N,) each: the signals of the method. Membership in a group comes before a label conflict, and
+            this before the trait of the trajectory that differs most from the trusted samples.
+    """
+    if "label_conflict" in found:
+        words = _conflict_reasons(inputs, found["label_conflict"], rows)
+    else:
+        words = _trajectory_reasons(inputs, rows)
+    if "group_log_odds" not in found:
+        return words
+    return [
+        "shares something with other samples of its label" if odds > 0 else text
+        for odds, text in zip(found["group_log_odds"][rows], words, strict=True)
+    ]
+
+
+def _trajectory_reasons(inputs: ScoreInputs, rows: npt.NDArray[np.intp]) -> list[str]:
+    """The trait in which each of `rows` differs most from the trusted samples."""
     summaries = signals(inputs.trajectories)
     extremes = [_extremes(inputs, values, rows) for values in summaries.values()]
     names = list(summaries)
@@ -210,10 +236,9 @@ def reasons(inputs: ScoreInputs, rows: npt.NDArray[np.intp]) -> list[str]:
     ]
 
 
-def conflict_reasons(
+def _conflict_reasons(
     inputs: ScoreInputs, conflict: npt.NDArray[np.float32], rows: npt.NDArray[np.intp]
 ) -> list[str]:
-    """A reason in words for each of `rows` that are flagged for their label."""
     above, _, of_class = _extremes(inputs, conflict, rows)
     words = "a second model, which learns no triggers, believes its label less than that of"
     return [_sentence(words, share, own) for share, own in zip(above, of_class, strict=True)]

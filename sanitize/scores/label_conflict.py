@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from sanitize.scores import ScoreInputs
+from sanitize.scores import Evidence, ScoreInputs
 from sanitize.scores.features import log_losses
 
 SECOND_OPINION = True
@@ -21,6 +21,11 @@ def score(inputs: ScoreInputs) -> npt.NDArray[np.float32]:
 
     Source: ours; see dynamics/second_opinion.py for what it rests on.
     """
+    return evidence(inputs).score
+
+
+def evidence(inputs: ScoreInputs) -> Evidence:
+    """The same, and as a signal."""
     second = log_losses(inputs.second_opinion()[:, None])[:, 0]
     found: npt.NDArray[np.float32] = second - log_losses(inputs.trajectories).min(axis=1)
-    return found
+    return Evidence(score=found, signals={"label_conflict": found})

@@ -1,0 +1,143 @@
+"""The verdict on the facts of a run: one sentence, what it rests on, and what to do next."""
+
+from __future__ import annotations
+
+import shlex
+
+from sanitize.reporting.facts import Facts
+from sanitize.reporting.text import listed, number_of, percent, rounded, shorten, visible
+from sanitize.rundir import RunDir
+
+
+def judge(run: RunDir, facts: Facts) -> Facts:
+    """The verdict on all other facts: code, sentence, details, labels, next steps."""
+    attacked = {attack["label"] for attack in facts["suspected_attacks"]}
+    labels = [row["label"] for row in facts["classes"] if row["stands_out"] and row["label"] not in attacked]
+    shared = [
+        {"label": label["label"], "samples": group["samples"]}
+        for label in facts["groups"] or []
+        for group in label["groups"]
+        if group["shares_detail"]
+    ]
+    code, sentence = _sentence(facts, len(labels), len(shared))
+    return {
+        "code": code,
+        "sentence": sentence,
+        "details": _details(code, facts["excess"]),
+        "labels": labels,
+        "shared_detail": shared,
+        "next": _next_steps(code, run, facts, bool(labels or shared)),
+    }
+
+
+def _sentence(facts: Facts, standing_out: int, shared: int) -> tuple[str, str]:
+    counts, excess, attacks = facts["counts"], facts["excess"], facts["suspected_attacks"]
+    if not counts["usable"]:
+        return "unknown", "No sample of this corpus could be used, so nothing was judged."
+    if attacks and excess["known"] and excess["high"] >= 0:
+        return "groups", _attacks_sentence(attacks)
+    if not excess["over_threshold"]:
+        return "nothing", "Nothing looks suspicious. This does not prove the corpus clean."
+    if excess["known"] and excess["low"] > 0:
+        return "excess", "More is flagged than clean data explains."
+    if shared:
+        groups = "One group" if shared == 1 else f"{shared:,} groups"
+        return "shared", f"{groups} of flagged pictures share{'s' * (shared == 1)} a mark that looks planted."
+    if not excess["known"]:
+        return "unknown", (
+            f"{counts['suspicious']:,} samples are flagged; how many of them are poison is open, "
+            "because this run holds no trusted samples to compare with."
+        )
+    if excess["high"] < 0:
+        return "fewer", "The trusted samples look stranger than the corpus: check the trusted set first."
+    if standing_out:
+        labels = "one label stands" if standing_out == 1 else f"{standing_out:,} labels stand"
+        return "labels", f"Overall, no more is flagged than clean data would explain, but {labels} out."
+    return (
+        "no-excess",
+        "No more is flagged than clean data would explain. This does not prove the corpus clean.",
+    )
+
+
+def _attacks_sentence(attacks: list[Facts]) -> str:
+    named = [
+        f"{rounded(attack['samples'])} labelled {shorten(visible(attack['label']), 40)}" for attack in attacks
+    ]
+    groups = (
+        "One group of samples shares" if len(attacks) == 1 else f"{len(attacks):,} groups of samples share"
+    )
+    return f"{groups} something planted-looking: about {listed(named)}."
+
+
+def _details(code: str, excess: Facts) -> list[str]:
+    details = []
+    if code == "groups":
+        details.append(
+            "What the members of such a group share, hardly a trusted sample has. What is natural in a label "
+            "is found in its trusted samples as well; a planted trigger is not, nor is a watermark or one "
+            "picture copied many times."
+        )
+    if excess["known"]:
+        details.append(
+            f"{percent(excess['corpus_ratio'])} of the usable corpus lies over the threshold, against "
+            f"{percent(excess['trusted_ratio'])} of {excess['trusted_scored']:,} trusted samples. "
+            "As there are only that many, the true share for clean data may lie anywhere from "
+            f"{percent(excess['trusted_low'])} to {percent(excess['trusted_high'])} (95 % interval)."
+        )
+    if code == "excess":
+        details.append(
+            f"That leaves about {excess['samples']:,} samples more than clean data explains "
+            f"(between {max(0, excess['samples_low']):,} and {excess['samples_high']:,}). The rest of what "
+            "is flagged is the price agreed on in advance: clean samples given up."
+        )
+    elif code in ("shared", "labels") and excess["known"]:
+        details.append(
+            "The share alone is no more than clean data could show, but an attack aims at one label and "
+            "drowns in the whole. A label can also stand out because it is hard to learn: the pictures below "
+            "decide."
+        )
+    elif code == "no-excess":
+        details.append(
+            "Most of what is flagged is then the price agreed on in advance. A small attack, or one whose "
+            "samples are learned like clean ones, can still be in what was kept."
+        )
+    return details
+
+
+def _next_steps(code: str, run: RunDir, facts: Facts, where_known: bool) -> list[Facts]:
+    counts, attacks = facts["counts"], facts["suspected_attacks"]
+    missed = sum(attack["samples"] - attack["flagged"] for attack in attacks)
+    steps = []
+    if code == "fewer":
+        steps.append(
+            "Find out where the trusted samples come from: same source, same cameras and codecs, same "
+            "labelling rules? If not, the threshold means nothing; scan again with a better trusted set."
+        )
+    elif facts["trusted_check"]["alarming"]:
+        steps.append("Check the trusted set first, see below: everything on this page is measured by it.")
+    if counts["reconciles"] is False:
+        steps.append("Do not train yet: the counts of the written shards do not add up (see below).")
+    if attacks:
+        steps.append("Look at the suspected attacks below: what do the members have that the others lack?")
+    if missed:
+        steps.append(
+            f"{number_of(missed, 'member')} of the suspected attacks stayed in kept/: the cap per class or "
+            "the budget was reached. Decide again with a larger one."
+        )
+    if code in ("excess", "shared", "labels"):
+        where = " Start with the labels named above." if where_known else ""
+        steps.append(f"Look at the groups of suspicious samples below: do they share a mark?{where}")
+    if counts["unusable"]:
+        steps.append(f"See why {counts['unusable']:,} samples could not be used; broken input is not clean.")
+    steps.append("Train on the shards in kept/, not on the original ones.")
+    return [*({"text": step} for step in steps), _decide_again(run, facts["decision"])]
+
+
+def _decide_again(run: RunDir, decision: Facts) -> Facts:
+    option = "reject" if decision.get("reject") is not None else "alpha"
+    half = max((decision.get(option) or 0.1) / 2, 0.01)
+    return {
+        "text": "Too much or too little taken out? Decide again in seconds, without training. Everything "
+        "taken out is in quarantine/, byte for byte.",
+        "command": f"sanitize filter {shlex.quote(str(run.path))} --{option} {half:g}",
+    }
