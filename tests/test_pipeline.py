@@ -356,9 +356,8 @@ def write_textures(path: Path, images: npt.NDArray[np.uint8], labels: npt.NDArra
 def test_planted_patches_are_found(tmp_path: Path) -> None:
     """The default method and budget on 800 textures, 24 of them with a patch and a wrong label.
 
-    Measured at seeds 0 to 5 on a CPU: recall 1.00, 1.00, .79, 1.00, .96, .83; clean samples lost .045,
-    .099, .045, .079, .064, .035 for the promised .1. With 120 trusted samples instead of 200 and 8 epochs
-    recall was .50 to 1.00. The bounds leave room for other processors, whose losses differ.
+    Measured at seeds 0 to 3 on a CPU: recall 1.00 each; clean samples lost .050, .045, .070, .077 for the
+    promised .05. The bounds leave room for other processors, whose losses differ.
     """
     recalls, lost = [], []
     for seed in range(2):
@@ -383,7 +382,7 @@ def test_planted_patches_are_found(tmp_path: Path) -> None:
         poison = planted.plan.truth >= 0
         recalls.append(flagged[poison].mean())
         lost.append(flagged[~poison].mean())
-    assert min(recalls) >= 0.55
-    assert np.mean(recalls) >= 0.75
-    assert max(lost) <= 0.18
-    assert np.mean(lost) <= 0.13
+    assert min(recalls) >= 0.75
+    assert np.mean(recalls) >= 0.85
+    assert max(lost) <= 0.14
+    assert np.mean(lost) <= 0.1

@@ -21,7 +21,8 @@ def limits(manifest: dict[str, Any]) -> list[dict[str, str]]:
         (
             "Attacks with honest labels are hard",
             "Poison that keeps its true label (clean-label attacks) contradicts nothing the model has "
-            "learned. Expect to miss more of it than of poison with a wrong label.",
+            "learned. It is found only if its samples share something crisp enough to make a group; expect "
+            "to miss more of it than of poison with a wrong label.",
         ),
         (
             "Very small attacks",
