@@ -97,7 +97,9 @@ def filter(
     allow_pipe: bool = False,
     progress: Progress | None = None,
 ) -> Report:
-    """Make a new decision, shards and report from a finished run, without training: ``sanitize filter``.
+    """Make a new decision, shards and report from a finished run: ``sanitize filter``.
+
+    Trains only a second model that the method asks for and the run does not have.
 
     Args:
         run: run folder of a scan.

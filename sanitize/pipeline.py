@@ -70,13 +70,13 @@ def run_scan(config: ScanConfig, out: Path, progress: Progress | None = None) ->
     with RunDir.create(out, config.to_dict(), _versions()) as run:
         run.clear_temporary()
         _check_same_shards(run, corpus + trusted)
-        if _decided_differently(run, config.decision):
-            run.forget("scores", *AFTER_SCORES)
         _index(run, config.corpus, corpus, trusted, progress)
         _pixels(run, config, corpus + trusted, progress)
         _train(run, config, progress)
         second_opinion(run, config.decision.method, config.proxy.seed, progress)
         _scores(run, config.decision.method, config.proxy.seed)
+        if _decided_differently(run, config.decision):
+            run.forget(*AFTER_SCORES)
         _decide(run, config.decision)
         _write(run, corpus, progress)
         return _report(run)
@@ -97,6 +97,8 @@ def filter_run(
 ) -> Report:
     """Make a new decision, new shards and a new report from a run whose training is done.
 
+    Only a method that asks for the second model, which this run does not have yet, trains anything.
+
     Raises:
         UsageError: the shards come from commands and `allow_pipe` is not set, whatever the scan was told:
             a run folder may be a stranger's.
@@ -110,11 +112,9 @@ def filter_run(
             raise UsageError(f"the shards of {out} come from pipe: commands; pass --allow-pipe to run them")
         run.clear_temporary()
         _check_same_shards(run, corpus, with_trusted=False)
-        if decision.method != run.manifest["stages"].get("scores", {}).get("method"):
-            run.forget("scores")
-        run.forget(*AFTER_SCORES)
         second_opinion(run, decision.method, config.proxy.seed, progress)
         _scores(run, decision.method, config.proxy.seed)
+        run.forget(*AFTER_SCORES)
         _decide(run, decision)
         _write(run, corpus, progress)
         return _report(run)
@@ -257,9 +257,9 @@ def _samples(run: RunDir) -> proxy_module.Samples:
     )
 
 
-def _check_same_setup(run: RunDir, setup: proxy_module.Setup) -> None:
-    """A run that began on a GPU cannot go on without one and end with the same arrays."""
-    began = run.manifest.setdefault("setup", asdict(setup))
+def _check_same_setup(run: RunDir, setup: proxy_module.Setup, name: str = "setup") -> None:
+    """A training that began on a GPU cannot go on without one and end with the same arrays."""
+    began = run.manifest.setdefault(name, asdict(setup))
     if began != asdict(setup):
         raise RunFolderError(
             f"{run.path} was begun with {began}, this machine would go on with {asdict(setup)}: "
@@ -275,10 +275,13 @@ def second_opinion(run: RunDir, method: str, seed: int, progress: Progress) -> N
     from sanitize.dynamics import proxy as proxy_module
     from sanitize.dynamics import second_opinion as second_module
 
-    _check_pixels(run)
+    _check_there(run, PIXELS)
     with run.stage("second-opinion") as facts:
         samples = _samples(run)
-        setup = proxy_module.setup(ProxyConfig(proxy=run.manifest["training"]["proxy"]), len(samples.rows))
+        device = run.manifest["config"]["proxy"]["device"]
+        config = ProxyConfig(proxy=run.manifest["training"]["proxy"], device=device)
+        setup = proxy_module.setup(config, len(samples.rows))
+        _check_same_setup(run, setup, "second_setup")
         values = np.full(len(samples.pixels), np.nan, np.float32)
         with proxy_module.gpu_memory(setup.device):
             values[samples.rows] = second_module.losses(
@@ -289,11 +292,14 @@ def second_opinion(run: RunDir, method: str, seed: int, progress: Progress) -> N
 
 
 def _scores(run: RunDir, method: str, seed: int) -> None:
-    if run.is_done("scores") and (run / SIGNALS).exists():  # older versions left none
+    """Score by `method`, unless it gave the scores that are there."""
+    scored_by = run.manifest["stages"].get("scores", {}).get("method")
+    if scored_by == method and (run / SIGNALS).exists():  # older versions left none
         return
     with run.stage("scores") as facts:
         inputs, rows, total = score_inputs(run, seed)
         found = scores.evidence(method, inputs)
+        run.forget("scores", *AFTER_SCORES)  # only now: a method that cannot score leaves the run as it was
         values = np.full(total, np.nan, np.float32)
         values[rows] = found.score
         _save_array(run / SCORES, values)
@@ -341,7 +347,7 @@ def score_inputs(run: RunDir, seed: int) -> tuple[ScoreInputs, npt.NDArray[np.in
 
 
 def _images(run: RunDir, rows: npt.NDArray[np.intp]) -> npt.NDArray[np.uint8]:
-    _check_pixels(run)
+    _check_there(run, PIXELS)
     pixels: npt.NDArray[np.uint8] = np.load(run / PIXELS, mmap_mode="r")
     return pixels if len(rows) == len(pixels) else pixels[rows]
 
@@ -361,15 +367,15 @@ def _activations(run: RunDir, rows: npt.NDArray[np.intp]) -> npt.NDArray[np.floa
 def _network(run: RunDir) -> nn.Module:
     from sanitize.dynamics import proxy as proxy_module
 
-    _check_pixels(run)
+    _check_there(run, PIXELS, CHECKPOINT)
     stored = run.manifest["training"]
     # The losses belong to the machine that measured them; the finished network runs on any.
     resolved = proxy_module.setup(ProxyConfig(proxy=stored["proxy"]), 0)
     return proxy_module.trained(_samples(run), resolved, run / CHECKPOINT)
 
 
-def _check_pixels(run: RunDir) -> None:
-    for name in (PIXELS, CHECKPOINT):
+def _check_there(run: RunDir, *names: str) -> None:
+    for name in names:
         if not (run / name).exists():
             raise InputError(
                 f"{run / name} is gone and this --method looks at it; scan again into a new --out, or "

@@ -25,7 +25,9 @@ from sanitize.scores import (
     poisoned_sample_sensitivity,
 )
 from sanitize.scores.activation_clustering import cluster_scores
+from sanitize.scores.decide import decide
 from sanitize.scores.frequency_analysis import spectrum, with_artefacts
+from sanitize.scores.network import features, pixels_of
 from sanitize.scores.spectral_signatures import squared_projections
 
 BASELINES = [
@@ -193,6 +195,7 @@ def corner_network() -> Any:
     class Corner(nn.Module):
         def __init__(self) -> None:
             super().__init__()
+            self.gain = nn.Parameter(torch.ones(2))
             self.last = nn.Linear(2, 2, bias=False)
             self.last.weight.data = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
 
@@ -200,7 +203,7 @@ def corner_network() -> Any:
             corner = images[:, :, :2, :2].mean(dim=(1, 2, 3))
             lit = 24 * torch.nn.functional.softplus(8 * (corner - 0.7))
             whole = 60 * images.mean(dim=(1, 2, 3)) * (1 - torch.sigmoid(20 * (corner - 0.8)))
-            return self.last(torch.stack([whole, lit], dim=1))  # type: ignore[no-any-return]
+            return self.last(self.gain * torch.stack([whole, lit], dim=1))  # type: ignore[no-any-return]
 
     return Corner().eval().requires_grad_(False)
 
@@ -232,15 +235,30 @@ def test_methods_that_ask_the_network_find_the_corner(method: str) -> None:
 
 
 def test_neural_cleanse_rebuilds_the_corner() -> None:
-    import torch
-
     given, _ = corner_case()
-    clean = torch.from_numpy(given.images()[:60]).permute(0, 3, 1, 2).float() / 255
-    mask, pattern = neural_cleanse.rebuild(corner_network(), clean, 1, np.random.default_rng(0))
+    mask, pattern = neural_cleanse.rebuild(corner_network(), given.images()[:60], 1, np.random.default_rng(0))
     inside, outside = mask[0, 0, :2, :2], mask[0, 0, 3:, 3:]
     assert inside.mean() > 0.5
     assert outside.mean() < 0.1
     assert pattern[0, :, :2, :2].mean() > 0.8
+
+
+def test_a_class_that_no_trigger_reaches_is_not_taken_for_a_target() -> None:
+    """Its mask keeps growing, because the weight on its size falls."""
+    import torch
+
+    class Stubborn(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.margin = torch.nn.Parameter(torch.tensor(50.0), requires_grad=False)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            brightness = images.mean(dim=(1, 2, 3))
+            return torch.stack([self.margin - brightness, brightness], dim=1)
+
+    clean = np.full((8, 6, 6, 3), 100, np.uint8)
+    mask, _ = neural_cleanse.rebuild(Stubborn(), clean, 1, np.random.default_rng(0))
+    assert mask.mean() > 0.9
 
 
 def test_neural_cleanse_scores_samples_by_the_trigger_of_an_outlying_class(
@@ -248,15 +266,74 @@ def test_neural_cleanse_scores_samples_by_the_trigger_of_an_outlying_class(
 ) -> None:
     given, poison = corner_case()
     monkeypatch.setattr(neural_cleanse, "STEPS", 60)
-    assert (scores.score("neural-cleanse", given) == 0).all()  # of two classes none is an outlier
     monkeypatch.setattr(neural_cleanse, "unusually_small", lambda sizes: np.array([False, True]))
-    assert auroc(scores.score("neural-cleanse", given), poison) > 0.95
+    found = scores.score("neural-cleanse", given)
+    assert auroc(found, poison) > 0.95
+    assert found.dtype == np.float32
+    monkeypatch.setattr(neural_cleanse, "unusually_small", lambda sizes: np.array([True, True]))
+    assert (scores.score("neural-cleanse", given) > found - 1e-3).all()
+
+
+def test_neural_cleanse_says_so_when_no_class_is_a_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    given, _ = corner_case()
+    monkeypatch.setattr(neural_cleanse, "STEPS", 2)
+    with pytest.warns(UserWarning, match="calls no class a target"):
+        found = scores.score("neural-cleanse", given)
+    assert (found == 0).all()
+    assert not decide(found, given.class_id, given.trusted, DecisionConfig(alpha=0.1)).flagged.any()
 
 
 def test_unusually_small_is_the_anomaly_index() -> None:
     sizes = np.array([100.0, 105, 95, 102, 98, 20, 300])
     assert neural_cleanse.unusually_small(sizes).tolist() == [False] * 5 + [True, False]
     assert not neural_cleanse.unusually_small(np.full(4, 7.0)).any()
+
+
+def test_roughness_against_a_naive_loop() -> None:
+    import torch
+
+    mask = torch.rand(2, 1, 4, 5, generator=torch.Generator().manual_seed(0))
+    for image, found in zip(mask[:, 0].tolist(), cognitive_distillation.roughness(mask), strict=True):
+        right = sum((image[i][j + 1] - image[i][j]) ** 2 for i in range(4) for j in range(4))
+        down = sum((image[i + 1][j] - image[i][j]) ** 2 for i in range(3) for j in range(5))
+        assert float(found) == pytest.approx((right + down) / 20)
+
+
+def test_an_image_with_a_trigger_needs_less_than_half_the_mask() -> None:
+    given, poison = corner_case()
+    found = scores.score("cognitive-distillation", given)
+    assert -found[poison].mean() < 0.5 * -found[~poison].mean()
+
+
+def test_likeness_against_a_naive_loop() -> None:
+    import torch
+
+    seen = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 0, 3, 3, 3, 5, 5, 5, 5])
+    centres = [seen[labels == own].mean(dim=0) for own in (0, 3, 5)]
+    cosine = torch.nn.functional.cosine_similarity
+    pairs = [cosine(a, b, dim=0) for i, a in enumerate(centres) for j, b in enumerate(centres) if i != j]
+    found = poisoned_sample_sensitivity.likeness(seen, labels)
+    assert float(found) == pytest.approx(float(sum(pairs)) / 9, abs=1e-6)
+
+
+def test_training_brings_the_classes_apart_and_leaves_the_given_network() -> None:
+    import torch
+
+    given, _ = corner_case()
+    images, before = given.images(), corner_network()
+    after = poisoned_sample_sensitivity.with_classes_apart(
+        before, images, given.class_id, np.random.default_rng(0)
+    )
+    labels = torch.from_numpy(given.class_id).long()
+    with torch.no_grad():
+        first, second = (
+            poisoned_sample_sensitivity.likeness(features(network, pixels_of(network, images)), labels)
+            for network in (before, after)
+        )
+    assert second < first
+    assert not after.training
+    torch.testing.assert_close(before.gain, torch.ones(2))
 
 
 def test_moved_keeps_what_is_the_same_everywhere() -> None:

@@ -49,7 +49,7 @@ def pixels_only(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("planted", [0.03, 0.1, 0.3])
 def test_a_planted_pattern_is_a_group_of_its_class(planted: float) -> None:
     inputs, chosen = corpus(planted)
-    groups = class_mixtures.distinct(class_mixtures.find(inputs, []))
+    groups = class_mixtures.distinct(class_mixtures.find(inputs, []), inputs.trusted)
     assert [group.class_id for group in groups] == [1]
     found = groups[0]
     assert found.signal == "pixels"

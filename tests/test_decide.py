@@ -239,8 +239,8 @@ def test_a_group_comes_before_a_label_conflict_and_this_before_the_trajectory() 
     found = {"label_conflict": conflict, "group_log_odds": odds}
     rows = np.array([50, 59])
     assert reasons(inputs, found, rows) == [
-        "a second model, which learns no triggers, believes its label less than that of all trusted samples"
-        " of its class",
+        "the proxy fits its label better than a second, augmented model does, by more than for all trusted"
+        " samples of its class",
         "shares something with other samples of its label",
     ]
     assert "learned later" in reasons(inputs, {}, rows)[1]

@@ -176,6 +176,23 @@ def test_the_default_method_end_to_end(shards: Shards, tmp_path: Path) -> None:
     assert (tmp_path / "second_opinion.pt").stat().st_mtime_ns == trained
 
 
+def test_a_run_without_pixels_still_goes_back_to_its_own_decision(shards: Shards, tmp_path: Path) -> None:
+    def scan() -> Any:
+        return sanitize.scan(
+            shards.corpus, trusted=shards.trusted, out=tmp_path, **SETTINGS | {"method": "label-conflict"}
+        )
+
+    before = scan()
+    sanitize.filter(tmp_path, method="label-conflict", reject=0.2, class_cap=0.5)
+    for name in ("pixels/pixels.npy", "proxy.pt"):
+        (tmp_path / name).unlink()
+    assert scan().to_dict()["counts"] == before.to_dict()["counts"]
+    with pytest.raises(InputError, match="is gone and this --method looks at it"):
+        sanitize.filter(tmp_path, method="class-mixtures")
+    sanitize.report(tmp_path)  # the decision that was there still stands
+    assert scan().to_dict()["counts"] == before.to_dict()["counts"]
+
+
 def test_a_group_is_named_in_the_decisions(
     shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,6 @@
 """Activation clustering and spectral signatures against the Adversarial Robustness Toolbox, same activations.
 
-python docs/benchmarks/against_art.py [RUN]     needs: pip install adversarial-robustness-toolbox
+python docs/benchmarks/against_art.py [RUN]     needs: pip install -c constraints.txt -e '.[benchmark]'
 
 Without a run folder: 3,000 planted activations of three classes, with 50 poisons in one of them.
 """

@@ -1,9 +1,9 @@
 """A second model that does not learn triggers: what it thinks of the given labels.
 
 The proxy learns every sample as it is, triggers too. This one sees shifted and mirrored images and soft
-labels, and
-from its third epoch on leaves out the samples of each class that it believes least. What a trigger alone
-connects with its label stays unbelievable to it; so do wrong labels and odd images.
+labels, and after its third epoch leaves out the samples of each class that it believes least. What a trigger
+alone connects with its label stays unbelievable to it; so do wrong labels and odd images. A trigger on images
+whose labels are right it may learn.
 """
 
 from __future__ import annotations

@@ -4,10 +4,9 @@ A method is a module of this package with a function ``score(inputs: ScoreInputs
 float32, higher = more suspicious, and, if its source removes a fixed share of the data, that share as the
 constant ``DEFAULT_REJECT``. ``SECOND_OPINION = True`` in it says that it asks for the second model's losses,
 which cost another training run. A module may have ``evidence(inputs) -> Evidence`` as well, which then
-gives the
-scores together with what they are made of. Its name on the command line is the module's with dashes for
-underscores, so adding a method is adding a file. Trusted samples must be scored as if they were not known
-to be trusted (left out, or out of fold): their scores are what a p-value is measured against.
+gives the scores together with what they are made of. Its name on the command line is the module's with
+dashes for underscores, so adding a method is adding a file. Trusted samples must be scored as if they were
+not known to be trusted (left out, or out of fold): their scores are what a p-value is measured against.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from sanitize.errors import InputError, UsageError
 if TYPE_CHECKING:
     from torch import nn
 
-_HELPERS = {"decide", "knn", "features", "network", "groups"}
+_HELPERS = {"decide", "knn", "features", "network"}
 
 
 def _no_images() -> npt.NDArray[np.uint8]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -37,9 +37,10 @@ MAX_SHARE = 0.6
 """Above it the search has found the class and not the group."""
 DEPLETED = 0.25
 """A group that is natural holds trusted samples as often as its class does. It is reported only if it holds
-at most this share of the trusted samples expected there."""
+at most this share of the trusted samples expected there; in a class without any, nothing is reported."""
 _COVARIANCE_SAMPLES = 50_000
 _CLASS_SAMPLES = 20_000
+_CHUNK = 4_096
 _NOISE = 1e-4
 """Directions with less than this share of the mean variance are left out: in 8-bit pixels they are
 rounding."""
@@ -63,7 +64,7 @@ def evidence(inputs: ScoreInputs) -> Evidence:
     """The same with the groups."""
     groups = find(inputs, hints(inputs))
     odds = log_odds(groups, len(inputs.class_id))
-    return Evidence(score=odds, signals={"group_log_odds": odds}, groups=distinct(groups))
+    return Evidence(score=odds, signals={"group_log_odds": odds}, groups=distinct(groups, inputs.trusted))
 
 
 def log_odds(groups: list[Group], samples: int) -> Floats:
@@ -99,12 +100,15 @@ def find(inputs: ScoreInputs, hints: list[Floats]) -> list[Group]:
     return sorted(found, key=lambda group: -group.separation)
 
 
-def distinct(groups: list[Group]) -> list[Group]:
-    """Of groups that share half of their members only the first."""
+def distinct(groups: list[Group], trusted: npt.NDArray[np.bool_]) -> list[Group]:
+    """Groups that share more than half of the smaller one are one: the crispest, with the members of all."""
     kept: list[Group] = []
     for group in groups:
-        if not any(_same(group, other) for other in kept):
+        place = next((i for i, other in enumerate(kept) if _same(group, other)), None)
+        if place is None:
             kept.append(group)
+        else:
+            kept[place] = _joined(kept[place], group, trusted)
     return kept
 
 
@@ -115,6 +119,15 @@ def _same(one: Group, other: Group) -> bool:
     return 2 * shared > min(len(one.rows), len(other.rows))
 
 
+def _joined(one: Group, other: Group, trusted: npt.NDArray[np.bool_]) -> Group:
+    rows = np.union1d(one.rows, other.rows)
+    odds = np.full(len(rows), -np.inf, np.float32)
+    for group in (one, other):
+        places = np.searchsorted(rows, group.rows)
+        odds[places] = np.maximum(odds[places], group.log_odds)
+    return replace(one, rows=rows, log_odds=odds, trusted=int(trusted[rows].sum()))
+
+
 Classes = Iterator[tuple[npt.NDArray[np.intp], "torch.Tensor"]]
 """Rows of one class, and (n, D) float32 values in which the within-class covariance of all is the
 identity."""
@@ -123,18 +136,21 @@ identity."""
 def _whitened_pixels(inputs: ScoreInputs) -> Classes:
     images = inputs.images()
     side = next((side for side in SIDES if 9 * side**2 <= len(inputs.class_id)), SIDES[-1])
-    return _whitened(lambda rows: _flat(images[rows], side), inputs.class_id, inputs.seed)
+    return _whitened(lambda rows: _flat(images, rows, side), inputs.class_id, inputs.seed)
 
 
-def _flat(images: npt.NDArray[np.uint8], side: int) -> torch.Tensor:
-    """(n, 3·S²) float32 in [0, 1] of (n, H, W, 3) uint8, S at most `side`."""
+def _flat(images: npt.NDArray[np.uint8], rows: npt.NDArray[np.intp], side: int) -> torch.Tensor:
+    """(len(rows), 3·S²) float32 in [0, 1] of some of (N, H, W, 3) uint8, S at most `side`."""
     import torch
     from torch.nn import functional
 
-    pixels = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 255
-    if pixels.shape[2] > side:
-        pixels = functional.interpolate(pixels, size=(side, side), mode="area")
-    return pixels.flatten(1)
+    parts = []
+    for start in range(0, len(rows), _CHUNK):
+        pixels = torch.from_numpy(images[rows[start : start + _CHUNK]]).permute(0, 3, 1, 2).float() / 255
+        if pixels.shape[2] > side:
+            pixels = functional.interpolate(pixels, size=(side, side), mode="area")
+        parts.append(pixels.flatten(1))
+    return torch.cat(parts)
 
 
 def _whitened_blocks(inputs: ScoreInputs) -> Classes:
@@ -204,7 +220,7 @@ def _group(split: _Split, rows: npt.NDArray[np.intp], inputs: ScoreInputs, signa
         return None
     trusted = inputs.trusted[rows]
     held = int(trusted[members].sum())
-    if held > DEPLETED * trusted.mean() * len(members):
+    if not trusted.any() or held > DEPLETED * trusted.mean() * len(members):
         return None
     order = np.argsort(rows[members])
     return Group(

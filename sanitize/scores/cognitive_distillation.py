@@ -19,19 +19,20 @@ DEFAULT_REJECT = 0.15
 STEPS = 100
 LEARNING_RATE = 0.1
 MASK_WEIGHT = 0.01
-SMOOTHNESS_WEIGHT = 0.1
+SMOOTHNESS_WEIGHT = 1.0
+"""Of the mask's squared steps from pixel to pixel, their sum divided by the number of pixels."""
 
 
 def score(inputs: ScoreInputs) -> npt.NDArray[np.float32]:
     """Minus the mean of the smallest mask under which the proxy's logits stay; a trigger needs a small one.
 
-    A hundred forward and backward passes a sample: expect a hundred times an epoch of the scan.
+    A hundred forward and backward passes a sample: about 15 images a second on one CPU core with the small
+    proxy at 32 px, so that 50,000 take an hour.
 
     Returns:
         (N,) float32 in [-1, 0]; higher = more suspicious.
 
-    Source: Huang et al., ICLR 2023, arXiv 2301.10908, equations 1 to 3. Where we differ: the fill of the
-    hidden part is one colour a step for all samples of a batch; in the original's code each has its own.
+    Source: Huang et al., ICLR 2023, arXiv 2301.10908, equations 1 to 3, with the weights of its code.
     """
     import torch
 
@@ -46,7 +47,8 @@ def score(inputs: ScoreInputs) -> npt.NDArray[np.float32]:
 def mask_sizes(network: nn.Module, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """(B,) mean of the distilled mask of each of (B, 3, H, W) images in [0, 1].
 
-    The mask m in [0, 1] minimises |f(x) - f(x m + (1 - m) d)| + 0.01 |m| + 0.1 TV(m), d a random colour.
+    The mask m in [0, 1] minimises mean |f(x) - f(x m + (1 - m) d)| + 0.01 sum m + mean TV(m), d a random
+    colour for every sample and step.
     """
     import torch
 
@@ -57,14 +59,18 @@ def mask_sizes(network: nn.Module, images: torch.Tensor, generator: torch.Genera
     optimizer = torch.optim.Adam([raw], LEARNING_RATE, betas=(0.1, 0.1))
     for _ in range(STEPS):
         mask = (torch.tanh(raw) + 1) / 2
-        fill = torch.rand(1, 3, 1, 1, generator=generator).to(images.device)
+        fill = torch.rand(len(images), 3, 1, 1, generator=generator).to(images.device)
         found = network(images * mask + (1 - mask) * fill)
         difference = (found - wanted).abs().mean(dim=1)
-        across = (mask[:, :, :, 1:] - mask[:, :, :, :-1]).square().sum(dim=(1, 2, 3))
-        down = (mask[:, :, 1:] - mask[:, :, :-1]).square().sum(dim=(1, 2, 3))
-        size = mask.abs().sum(dim=(1, 2, 3))
-        loss = difference + MASK_WEIGHT * size + SMOOTHNESS_WEIGHT * (across + down)
+        loss = difference + MASK_WEIGHT * mask.sum(dim=(1, 2, 3)) + SMOOTHNESS_WEIGHT * roughness(mask)
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss.sum())
         optimizer.step()
     return ((torch.tanh(raw.detach()) + 1) / 2).mean(dim=(1, 2, 3))
+
+
+def roughness(mask: torch.Tensor) -> torch.Tensor:
+    """(B,) total variation of (B, 1, H, W): squared steps to the right and down, summed, over H times W."""
+    across = (mask[:, :, :, 1:] - mask[:, :, :, :-1]).square().sum(dim=(1, 2, 3))
+    down = (mask[:, :, 1:] - mask[:, :, :-1]).square().sum(dim=(1, 2, 3))
+    return (across + down) / mask[0].numel()

@@ -11,6 +11,8 @@ SECOND_OPINION = True
 IN_A_GROUP = 20.0
 """What a member of a group scores at least: above every label conflict, which ends at LARGEST_CONFLICT."""
 LARGEST_CONFLICT = 19.0
+FEW = 50
+"""Samples at which a class's own spread counts half."""
 
 
 def score(inputs: ScoreInputs) -> npt.NDArray[np.float32]:
@@ -33,15 +35,25 @@ def evidence(inputs: ScoreInputs) -> Evidence:
     return Evidence(
         score=np.where(odds > 0, IN_A_GROUP + np.minimum(odds, 50), scaled).astype(np.float32),
         signals={"group_log_odds": odds, "label_conflict": conflict},
-        groups=class_mixtures.distinct(groups),
+        groups=class_mixtures.distinct(groups, inputs.trusted),
     )
 
 
 def _in_spreads(values: npt.NDArray[np.float32], class_id: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
-    """Distance from the class's median in units of its lower half's spread, which poison does not widen."""
+    """Distance from the class's median in units of its lower half's spread, which poison does not widen.
+
+    The spread of a class of few samples is drawn towards that of all.
+    """
     scaled = np.empty_like(values)
+    everywhere = _lower_spread(values)
     for label in np.unique(class_id):
         rows = class_id == label
-        low, middle = np.percentile(values[rows], [25, 50])
-        scaled[rows] = (values[rows] - middle) / max(middle - low, 1e-6)
+        share = rows.sum() / (rows.sum() + FEW)
+        spread = share * _lower_spread(values[rows]) + (1 - share) * everywhere
+        scaled[rows] = (values[rows] - np.median(values[rows])) / max(spread, 1e-6)
     return scaled
+
+
+def _lower_spread(values: npt.NDArray[np.float32]) -> float:
+    low, middle = np.percentile(values, [25, 50])
+    return float(middle - low)

@@ -240,8 +240,11 @@ def _conflict_reasons(
     inputs: ScoreInputs, conflict: npt.NDArray[np.float32], rows: npt.NDArray[np.intp]
 ) -> list[str]:
     above, _, of_class = _extremes(inputs, conflict, rows)
-    words = "a second model, which learns no triggers, believes its label less than that of"
-    return [_sentence(words, share, own) for share, own in zip(above, of_class, strict=True)]
+    words = "the proxy fits its label better than a second, augmented model does, by more than for"
+    return [
+        _sentence(words, share, own) if share >= 0.8 else _NO_SINGLE_CONFLICT
+        for share, own in zip(above, of_class, strict=True)
+    ]
 
 
 def group_reason(group: dict[str, Any]) -> str:
@@ -251,6 +254,7 @@ def group_reason(group: dict[str, Any]) -> str:
     return f"shares something in {where[group['signal']]} with about {others:,} others of its label"
 
 
+_NO_SINGLE_CONFLICT = "the proxy fits its label better than a second, augmented model does"
 _NO_SINGLE_TRAIT = "no single trait stands out: its trajectory as a whole is unlike the trusted ones"
 
 

@@ -33,7 +33,8 @@ def score(inputs: ScoreInputs) -> npt.NDArray[np.float32]:
 
     Source: Zeng et al., ICCV 2021, arXiv 2104.03413. Where we differ: only trusted images are trained on, as
     in Alex et al. (ICLR 2025, appendix I.2); three convolutions instead of six, for a few hundred images;
-    the score is thresholded like any other rather than at even odds.
+    the score is thresholded like any other rather than at even odds, where about half of the clean images
+    of CIFAR-10 would go.
     """
     import torch
 

@@ -12,12 +12,10 @@ SECOND_OPINION = True
 
 
 def score(inputs: ScoreInputs) -> npt.NDArray[np.float32]:
-    """(N,) float32 log loss under the second opinion minus the lowest log loss in the proxy run; higher =
-    stranger.
+    """(N,) float32 log loss of the second opinion minus the lowest log loss of the proxy; higher = stranger.
 
-    Poison with a wrong label is easy for the proxy, which sees the trigger, and wrong for the second model,
-    which
-    does not. A hard clean sample is hard for both. Clean-label poison is believable to both and is not found.
+    Poison with a wrong label is easy for the proxy, which sees the trigger, and wrong for the second
+    model. A hard clean sample is hard for both. Clean-label poison is believable to both and is not found.
 
     Source: ours; see dynamics/second_opinion.py for what it rests on.
     """
