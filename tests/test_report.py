@@ -19,7 +19,7 @@ from report_page import Page, read_back, report_of
 
 from sanitize.errors import InputError
 from sanitize.reporting.build import Report, build_report
-from sanitize.reporting.facts import finite, share_difference, wilson
+from sanitize.reporting.facts import collect, finite, read_run, share_difference, wilson
 from sanitize.reporting.text import percent, show
 from sanitize.rundir import RunDir, write_table
 
@@ -145,6 +145,28 @@ def test_histogram_and_bands(plain: tuple[Report, dict[str, Any], Page, str]) ->
     np.testing.assert_allclose(bands["trusted"]["p90"], np.quantile(trusted, 0.9, axis=1), rtol=1e-5)
     assert f"Epoch {SPIKE + 1} is left out" in page.text
     assert page.tags.count("title") == 5, "the page's and those of two plots in two widths"
+
+
+def test_ties_at_the_threshold_count_as_the_decision_counted_them(tmp_path: Path) -> None:
+    with make_run(tmp_path / "run", samples=300, trusted=60) as run:
+        scores = np.load(run / "decision_scores.npy")
+        scores[300:] = -1
+        scores[300:320], scores[320:323] = np.float32(THRESHOLD), 5
+        np.save(run / "decision_scores.npy", scores)
+        for ratio, over in ((3 / 60, 3), (23 / 60, 23)):
+            run.manifest["decision"]["trusted_flagged_ratio"] = ratio
+            assert sum(row["trusted_over"] for row in collect(read_run(run))["classes"]) == over
+
+
+def test_far_scores_do_not_squash_the_histogram(tmp_path: Path) -> None:
+    with make_run(tmp_path / "run", samples=300, trusted=60) as run:
+        scores = np.load(run / "decision_scores.npy")
+        scores[:30] = 70
+        np.save(run / "decision_scores.npy", scores)
+        histogram = collect(read_run(run))["histogram"]
+    assert histogram["edges"][-1] < 10
+    assert histogram["corpus"][-1] >= 30 / 300
+    assert sum(histogram["corpus"]) == pytest.approx(1)
 
 
 def test_hostile_text_is_inert(tmp_path: Path) -> None:

@@ -49,23 +49,32 @@ def test_facts_count_corpus_members_only(attacked: Read) -> None:
     assert (ship["trusted"], ship["trusted_of_label"]) == (0, 15)
     usable = next(row["usable"] for row in facts["classes"] if row["label"] == "ship")
     assert ship["share_of_label"] == pytest.approx(38 / usable)
+    assert ship["trusted_expected"] == pytest.approx(15 * 38 / usable)
+    assert ship["trusted_chance"] == pytest.approx((1 - 38 / usable) ** 15)
 
 
 def test_verdict_names_the_groups(attacked: Read) -> None:
     report, facts, page, _ = attacked
     assert report.verdict_code == "groups"
     assert report.verdict == (
-        "2 groups of samples share something planted-looking: about 38 labelled ship and 37 labelled cat."
+        "2 groups of samples stand apart from the rest of their label: "
+        "about 38 labelled ship and 37 labelled cat."
     )
     assert page.text.count(report.verdict) == 2, "title and headline"
-    assert any("suspected attacks" in step["text"] for step in facts["verdict"]["next"])
+    steps = [step["text"] for step in facts["verdict"]["next"]]
+    assert any("suspected attacks" in step for step in steps)
+    assert any(step.startswith("Look at the groups of suspicious samples below") for step in steps)
+    below = facts["excess"]["low"] <= 0
+    assert below or "samples more than clean data explains" in page.text
 
 
 def test_section_comes_first_and_says_where_and_how_clearly(attacked: Read) -> None:
     *_, page, _ = attacked
     text = re.sub(r"\s+", " ", page.text)
     assert text.index("What to do next") < text.index("Suspected attacks") < text.index("Every sample is")
-    assert "About 38 samples labelled ship share something that none of 15 trusted samples has" in text
+    lacking = "share something that none of the 15 trusted samples of this label has (3."
+    assert f"About 38 samples labelled ship {lacking}" in text
+    assert "cannot tell whether it is natural" not in text
     assert "It shows in the pixels themselves. The group stands very clearly apart (separation 6.0" in text
     assert "first layers of the proxy respond to. The group stands clearly apart (separation 4.0" in text
 
@@ -129,7 +138,26 @@ def test_members_that_were_kept_are_pointed_out(tmp_path: Path) -> None:
         _, facts, page, _ = read_back(build_report(run))
     missed = sum(attack["samples"] - attack["flagged"] for attack in facts["suspected_attacks"])
     assert missed >= len(kept)
-    assert f"{missed} members of the suspected attacks stayed in kept/" in page.text
+    assert f"{missed} members of the suspected attacks stayed in kept/: the budget (--alpha)" in page.text
+    *_, again, train = facts["verdict"]["next"]
+    assert again["command"].endswith("--alpha 0.2 --class-cap 0.5")
+    assert train["text"].startswith("After that, train on")
+
+
+def test_members_over_the_threshold_ask_for_a_larger_class_cap(tmp_path: Path) -> None:
+    with make_run(tmp_path / "run", samples=600, attacks=True) as run:
+        rows, scores = facts_kept(run.path), np.load(run / "decision_scores.npy")
+        scores[rows] = 9
+        np.save(run / "decision_scores.npy", scores)
+        (group, *_) = json.loads((run / "groups.json").read_text())
+        (run / "groups.json").write_text(json.dumps([group | {"rows": rows}]))
+        run.manifest["decision"]["spared_by_cap"] = len(rows)
+        report, facts, _, _ = read_back(build_report(run))
+    assert "One group of samples stands apart from the rest of its label" in report.verdict
+    assert facts["suspected_attacks"][0]["spared_by_cap"] == len(rows)
+    again = facts["verdict"]["next"][-2]
+    assert "the cap per class spared them" in again["text"]
+    assert again["command"].endswith("--alpha 0.1 --class-cap 1")
 
 
 def facts_kept(path: Path) -> list[int]:
@@ -141,13 +169,18 @@ def facts_kept(path: Path) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("trusted", "words"), [(1, "that 1 of 15 trusted samples has"), (3, "that 3 of 15 trusted samples have")]
+    ("trusted", "words"),
+    [
+        (1, "that 1 of the 15 trusted samples of this label has ("),
+        (3, "that 3 of the 15 trusted samples of this label have ("),
+    ],
 )
 def test_trusted_members_in_words(tmp_path: Path, trusted: int, words: str) -> None:
     with make_run(tmp_path / "run", samples=300, trusted=150, attacks=True) as run:
         change_groups(run.path, trusted=trusted)
         page = read_back(build_report(run))[2]
     assert words in page.text
+    assert "so few trusted samples cannot tell whether it is natural" in page.text
 
 
 def test_label_without_trusted_samples(tmp_path: Path) -> None:
@@ -163,7 +196,7 @@ def test_without_pixels_the_groups_are_still_told(tmp_path: Path) -> None:
     assert report.verdict_code == "groups"
     assert len(facts["suspected_attacks"]) == 2
     assert "img" not in page.tags
-    assert "share something that none of 25 trusted samples has" in page.text
+    assert "share something that none of the 25 trusted samples of this label has" in page.text
 
 
 def test_hostile_label_is_inert(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from fake_run import CLASSES, HOSTILE, make_run
 from report_page import read_back
 
 from sanitize.reporting.build import build_report
+from sanitize.reporting.trusted_check import _shares
 from sanitize.rundir import RunDir, write_table
 
 N, M = 1500, 150
@@ -63,7 +64,8 @@ def test_good_trusted_set_is_not_accused(run: RunDir) -> None:
 
 def test_coverage_names_classes_without_and_with_few(run: RunDir) -> None:
     dogs, frogs = rows_of(run, 5, trusted=True), rows_of(run, 6, trusted=True)
-    change_index(run, "class_id", dict.fromkeys([*dogs, *frogs[3:]], 1))
+    others = rows_of(run, 7, trusted=True)[:5] + rows_of(run, 9, trusted=True)[:5]
+    change_index(run, "class_id", dict.fromkeys([*dogs, *frogs[3:], *others], 1))
     _, facts, page, _ = read_back(build_report(run))
     coverage = facts["trusted_check"]["checks"]["coverage"]
     assert (coverage["level"], coverage["without"], coverage["few"]) == ("gap", ["dog"], ["frog"])
@@ -76,6 +78,14 @@ def test_coverage_names_classes_without_and_with_few(run: RunDir) -> None:
     assert sum(row["corpus_share"] for row in shares["classes"]) == pytest.approx(1)
     assert "falls short in 2 respects" in facts["trusted_check"]["judgement"]
     assert not facts["trusted_check"]["alarming"]
+
+
+def test_shares_are_corrected_for_the_number_of_classes() -> None:
+    """7 of 1,000 against a share of 0.1 %: surely more than twice as common as one class, not among 1,000."""
+    few = [{"label": "a", "trusted": 7, "usable": 1}, {"label": "b", "trusted": 993, "usable": 999}]
+    many = [few[0], *({"label": str(i), "trusted": 1, "usable": 1} for i in range(999))]
+    assert _shares(few)["apart"] == ["a"]
+    assert _shares(many)["apart"] == []
 
 
 def test_copy_in_the_corpus_with_the_same_label_is_no_alarm(run: RunDir) -> None:
@@ -126,18 +136,28 @@ def test_copies_inside_the_trusted_set(run: RunDir) -> None:
     assert set(suspects(facts)) == {first, second, rows_of(run, 7, trusted=True)[0]}
 
 
-def test_member_of_a_suspected_attack_is_an_alarm(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("members", "level", "words"),
+    [
+        (1, "gap", "1 trusted sample belongs to a suspected attack."),
+        (3, "alarm", "3 trusted samples belong to a suspected attack."),
+    ],
+)
+def test_members_of_a_suspected_attack_are_an_alarm_from_three_on(
+    tmp_path: Path, members: int, level: str, words: str
+) -> None:
     with make_run(tmp_path / "run", samples=N, trusted=M, attacks=True) as run:
-        ship = rows_of(run, 8, trusted=True)[0]
+        ships = rows_of(run, 8, trusted=True)[:members]
         groups = json.loads((run / "groups.json").read_text())
-        groups[0]["rows"].append(ship)
-        groups[0]["trusted"] = 1
+        groups[0]["rows"] += ships
+        groups[0]["trusted"] = members
         (run / "groups.json").write_text(json.dumps(groups))
         _, facts, page, _ = read_back(build_report(run))
-    assert facts["trusted_check"]["alarming"]
-    assert "belongs to suspected attack 1" in suspects(facts)[ship]
-    assert "1 trusted sample belongs to a suspected attack." in page.text
-    assert ship not in facts["suspected_attacks"][0]["sample_ids"]
+    assert facts["trusted_check"]["checks"]["suspected_attacks"]["level"] == level
+    assert facts["trusted_check"]["alarming"] == (level == "alarm")
+    assert all("belongs to suspected attack 1" in suspects(facts)[ship] for ship in ships)
+    assert words in page.text
+    assert not set(ships) & set(facts["suspected_attacks"][0]["sample_ids"])
 
 
 @pytest.mark.parametrize(("high", "level"), [(1, "fine"), (8, "alarm")])

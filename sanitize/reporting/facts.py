@@ -235,6 +235,11 @@ def wilson(hits: float, n: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, (middle - spread) / (1 + z * z / n)), min(1.0, (middle + spread) / (1 + z * z / n))
 
 
+def bonferroni_z(looks: int) -> float:
+    """z of a 95 % interval that is to hold for `looks` shares at once."""
+    return NormalDist().inv_cdf(1 - 0.025 / max(looks, 1))
+
+
 def share_difference(p: float, n: int, q: float, m: int) -> tuple[float, float]:
     """95 % interval of p − q for two independent shares (Newcombe 1998, method 10)."""
     p_low, p_high = wilson(p * n, n)
@@ -276,7 +281,12 @@ def _over_trusted(data: RunData) -> Mask | None:
     scores = data.raw_scores[data.trusted_rows]
     if threshold is None or not np.isfinite(scores).any():
         return None
-    return np.asarray(scores >= np.float32(threshold))
+    over, above = scores >= np.float32(threshold), scores > np.float32(threshold)
+    # --reject leaves rows out that tie with its lowest score; trusted ones then count from above it only
+    ratio, scored = data.decision.get("trusted_flagged_ratio"), np.isfinite(scores)
+    if ratio is not None and over[scored].mean() != ratio and above[scored].mean() == ratio:
+        return np.asarray(above)
+    return np.asarray(over)
 
 
 def _spared(decision: Facts) -> int:
@@ -332,7 +342,7 @@ def _classes(data: RunData, excess: Facts) -> list[Facts]:
     trusted_over = (
         None if over is None else np.bincount(trusted_class[over & (trusted_class >= 0)], minlength=size)
     )
-    z = NormalDist().inv_cdf(1 - 0.025 / max(size, 1))  # Bonferroni: many classes are looked at
+    z = bonferroni_z(size)
     rows = []
     for i in np.flatnonzero((usable + trusted) > 0):
         own = None if trusted_over is None else int(trusted_over[i])
@@ -357,17 +367,27 @@ def _classes(data: RunData, excess: Facts) -> list[Facts]:
 
 
 def _attack(data: RunData, group: Facts) -> Facts:
+    from scipy.special import bdtr
+
     rows, class_id = data.members(group), group["class_id"]
     of_label = int((data.usable & (data.class_id[: data.n] == class_id)).sum())
+    share = min(len(rows) / max(of_label, 1), 1.0)
+    trusted = int((data.class_id[data.trusted_rows] == class_id).sum())
+    threshold = data.decision.get("threshold")
+    capped = bool(_spared(data.decision)) and threshold is not None
+    spared = ~data.flagged[rows] & (data.raw_scores[rows] >= np.float32(threshold)) if capped else rows[:0]
     return {
         "label": group["label"],
         "samples": len(rows),
         "flagged": int(data.flagged[rows].sum()),
-        "share_of_label": len(rows) / max(of_label, 1),
+        "spared_by_cap": int(spared.sum()),
+        "share_of_label": share,
         "signal": group["signal"],
         "separation": group["separation"],
         "trusted": group["trusted"],
-        "trusted_of_label": int((data.class_id[data.trusted_rows] == class_id).sum()),
+        "trusted_of_label": trusted,
+        "trusted_expected": share * trusted,  # by a natural group of its size
+        "trusted_chance": float(bdtr(min(group["trusted"], trusted), trusted, share)),  # of as few or fewer
         "sample_ids": rows,
     }
 
@@ -425,6 +445,9 @@ def _histogram(data: RunData, bins: int = 48) -> Facts | None:
     threshold = data.decision.get("threshold")
     threshold = None if threshold is None else float(np.float32(threshold))
     if threshold is not None and math.isfinite(threshold):
+        median = float(np.median(corpus))
+        if threshold > median:  # members of groups may score 70: they would squash all others into one bin
+            high = min(high, threshold + 2 * (threshold - median))
         low, high = min(low, threshold), max(high, threshold)
     width = max((high - low) / bins, 1e-6 * max(1.0, abs(low), abs(high)))
     start = low - width / 2

@@ -8,6 +8,8 @@ from sanitize.reporting.thumbnails import TRUSTED_SHOWN, Group, LabelGroups, Pic
 
 LABELS_OPEN = 3
 CLASSES_SHOWN = 40
+CHANCE = 0.05
+"""Where a natural group holds so few trusted samples more often than this, they cannot tell."""
 VERY_CLEAR = 5.0
 """Separation from which fewer than one in a hundred lies nearer to the other side's mean."""
 
@@ -40,9 +42,19 @@ def suspected_attacks(facts: Facts, pictures: Pictures | None, shown: dict[int, 
 
 def _attack_block(number: int, attack: Facts, sheet: Sheet | None, shown: dict[int, Facts]) -> str:
     label, trusted, of_label = show(attack["label"]), attack["trusted"], attack["trusted_of_label"]
-    lacking = f"that {trusted or 'none'} of {of_label:,} trusted samples {'has' if trusted < 2 else 'have'}"
+    lacking = (
+        f"that {trusted or 'none'} of the {number_of(of_label, 'trusted sample')} of this label "
+        f"{'has' if trusted < 2 else 'have'} ({attack['trusted_expected']:.1f} would be expected if it were "
+        "natural)"
+    )
+    caution = ""
     if not of_label:
         lacking = "and there is no trusted sample of that label to compare with"
+    elif attack["trusted_chance"] > CHANCE:
+        caution = (
+            f" A natural group of its size would hold as few with a chance of "
+            f"{percent(attack['trusted_chance'])}: so few trusted samples cannot tell whether it is natural."
+        )
     clear = "very clearly" if attack["separation"] >= VERY_CLEAR else "clearly"
     flagged = "All" if attack["flagged"] == attack["samples"] else f"{attack['flagged']:,}"
     figures, strips = _sheet(sheet, label, shown) if sheet else ("", "")
@@ -52,7 +64,7 @@ def _attack_block(number: int, attack: Facts, sheet: Sheet | None, shown: dict[i
         f"<p>{_SIGNALS[attack['signal']]} The group stands {clear} apart (separation "
         f"{attack['separation']:.1f}; two populations begin to part at 2). {flagged} of its "
         f"{attack['samples']:,} samples are flagged; it makes up {percent(attack['share_of_label'])} of the "
-        f"label.</p>{figures}</div>{strips}</div>"
+        f"label.{caution}</p>{figures}</div>{strips}</div>"
     )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sanitize.reporting.facts import Facts, RunData, take, wilson
+from sanitize.reporting.facts import Facts, RunData, bonferroni_z, take, wilson
 from sanitize.reporting.text import listed, number_of, percent, shorten, visible
 from sanitize.scores.decide import MIN_CLASS_TRUSTED
 
@@ -20,6 +20,8 @@ HIGH_SHARE = 0.005
 """A trusted sample is listed if no more than this share of the corpus scores higher."""
 CHANCE = 0.01
 """As many of them as clean samples show with less than this probability are an alarm."""
+ALARMING_MEMBERS = 3
+"""Fewer trusted samples than this in suspected attacks may have got there by chance."""
 NAMED = 5
 
 Reasons = dict[int, list[str]]
@@ -65,7 +67,7 @@ def _judgement(alarms: list[str], gaps: int) -> str:
     if alarms:
         return f"Check it before you rely on this report. {' '.join(alarms)}"
     if gaps:
-        return f"Nothing in it looks planted, but it falls short in {number_of(gaps, 'respect')}."
+        return f"Nothing in it is alarming, but it falls short in {number_of(gaps, 'respect')}."
     return "Nothing speaks against it."
 
 
@@ -83,7 +85,7 @@ def _in_attacks(data: RunData, reasons: Reasons) -> Facts:
         return _check("fine", "No trusted sample belongs to a suspected attack.", samples=0)
     belongs = "belongs" if inside == 1 else "belong"
     text = f"{number_of(inside, 'trusted sample')} {belongs} to a suspected attack."
-    return _check("alarm", text, samples=inside)
+    return _check("alarm" if inside >= ALARMING_MEMBERS else "gap", text, samples=inside)
 
 
 def _high_scores(data: RunData, reasons: Reasons) -> Facts:
@@ -182,9 +184,9 @@ def _shares(classes: list[Facts]) -> Facts:
         }
         for row in classes
     ]
-    apart = []
+    apart, z = [], bonferroni_z(len(classes))
     for row in shares:
-        low, high = wilson(row["trusted"], trusted)
+        low, high = wilson(row["trusted"], trusted, z)
         if low > 2 * row["corpus_share"] or high < row["corpus_share"] / 2:
             apart.append(row["label"])
     text = "The classes have about the same shares as in the corpus."

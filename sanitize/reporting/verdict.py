@@ -63,19 +63,20 @@ def _attacks_sentence(attacks: list[Facts]) -> str:
     named = [
         f"{rounded(attack['samples'])} labelled {shorten(visible(attack['label']), 40)}" for attack in attacks
     ]
-    groups = (
-        "One group of samples shares" if len(attacks) == 1 else f"{len(attacks):,} groups of samples share"
-    )
-    return f"{groups} something planted-looking: about {listed(named)}."
+    groups = f"{len(attacks):,} groups of samples stand apart from the rest of their label"
+    if len(attacks) == 1:
+        groups = "One group of samples stands apart from the rest of its label"
+    return f"{groups}: about {listed(named)}."
 
 
 def _details(code: str, excess: Facts) -> list[str]:
     details = []
     if code == "groups":
         details.append(
-            "What the members of such a group share, hardly a trusted sample has. What is natural in a label "
-            "is found in its trusted samples as well; a planted trigger is not, nor is a watermark or one "
-            "picture copied many times."
+            "The members of such a group share something. Where a label has enough trusted samples, what is "
+            "natural in it shows in some of them as well; a planted trigger does not, nor does a watermark "
+            "or one picture copied many times. Every block below says how many trusted samples have it, and "
+            "how many would if it were natural."
         )
     if excess["known"]:
         details.append(
@@ -84,7 +85,7 @@ def _details(code: str, excess: Facts) -> list[str]:
             "As there are only that many, the true share for clean data may lie anywhere from "
             f"{percent(excess['trusted_low'])} to {percent(excess['trusted_high'])} (95 % interval)."
         )
-    if code == "excess":
+    if code == "excess" or (code == "groups" and excess["low"] > 0):
         details.append(
             f"That leaves about {excess['samples']:,} samples more than clean data explains "
             f"(between {max(0, excess['samples_low']):,} and {excess['samples_high']:,}). The rest of what "
@@ -119,18 +120,38 @@ def _next_steps(code: str, run: RunDir, facts: Facts, where_known: bool) -> list
         steps.append("Do not train yet: the counts of the written shards do not add up (see below).")
     if attacks:
         steps.append("Look at the suspected attacks below: what do the members have that the others lack?")
-    if missed:
-        steps.append(
-            f"{number_of(missed, 'member')} of the suspected attacks stayed in kept/: the cap per class or "
-            "the budget was reached. Decide again with a larger one."
-        )
-    if code in ("excess", "shared", "labels"):
+    if code in ("excess", "shared", "labels") or (code == "groups" and facts["groups"]):
         where = " Start with the labels named above." if where_known else ""
         steps.append(f"Look at the groups of suspicious samples below: do they share a mark?{where}")
     if counts["unusable"]:
         steps.append(f"See why {counts['unusable']:,} samples could not be used; broken input is not clean.")
-    steps.append("Train on the shards in kept/, not on the original ones.")
-    return [*({"text": step} for step in steps), _decide_again(run, facts["decision"])]
+    texts = [{"text": step} for step in steps]
+    train = "rain on the shards in kept/, not on the original ones."
+    if missed:
+        return [*texts, _decide_larger(run, facts, missed), {"text": f"After that, t{train}"}]
+    return [*texts, {"text": f"T{train}"}, _decide_again(run, facts["decision"])]
+
+
+def _decide_larger(run: RunDir, facts: Facts, missed: int) -> Facts:
+    """The step for members that were kept: a larger class cap or budget, whichever spared them."""
+    decision = facts["decision"]
+    capped = sum(attack["spared_by_cap"] for attack in facts["suspected_attacks"])
+    option = "reject" if decision.get("reject") is not None else "alpha"
+    budget, cap = decision.get(option) or 0.1, decision.get("class_cap")
+    spared_by = []
+    if capped and cap is not None:
+        cap = min(2 * cap, 1)
+        spared_by.append("the cap per class")
+    if missed > capped:
+        budget = min(2 * budget, (1 + budget) / 2)
+        spared_by.append(f"the budget (--{option})")
+    caps = "--no-class-cap" if cap is None else f"--class-cap {cap:g}"
+    return {
+        "text": f"{number_of(missed, 'member')} of the suspected attacks stayed in kept/: "
+        f"{listed(spared_by)} spared {'it' if missed == 1 else 'them'}. Decide again with a larger one. It "
+        "takes seconds, without training, and everything taken out is in quarantine/, byte for byte.",
+        "command": f"sanitize filter {shlex.quote(str(run.path))} --{option} {budget:g} {caps}",
+    }
 
 
 def _decide_again(run: RunDir, decision: Facts) -> Facts:
