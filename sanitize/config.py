@@ -11,6 +11,8 @@ from sanitize.errors import UsageError
 
 MIN_TRUSTED = 50
 """Fewest usable trusted samples: the k of BaDLoss, and what a p-value of 2 % needs."""
+MIN_CLASS_TRUSTED = 10
+"""Fewer trusted samples of a class than this, and a reason compares with all trusted samples."""
 
 DEFAULT_ALPHA = 0.05
 DEFAULT_CLASS_CAP = 0.5

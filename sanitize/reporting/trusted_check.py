@@ -12,9 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from sanitize.config import MIN_CLASS_TRUSTED
 from sanitize.reporting.facts import Facts, RunData, bonferroni_z, take, wilson
 from sanitize.reporting.text import listed, number_of, percent, shorten, visible
-from sanitize.scores.decide import MIN_CLASS_TRUSTED
 
 HIGH_SHARE = 0.005
 """A trusted sample is listed if no more than this share of the corpus scores higher."""

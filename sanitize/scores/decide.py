@@ -9,13 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sanitize.config import DecisionConfig
+from sanitize.config import MIN_CLASS_TRUSTED, DecisionConfig
 from sanitize.errors import InputError
 from sanitize.scores import ScoreInputs
 from sanitize.scores.features import log_losses
-
-MIN_CLASS_TRUSTED = 10
-"""Fewer trusted samples of a class than this, and a reason compares with all trusted samples."""
 
 
 @dataclass(frozen=True, kw_only=True)
