@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sanitize.dynamics.proxy import build
-from sanitize.scores import ScoreInputs, class_mixtures, evidence
+from sanitize.scores import ScoreInputs, class_mixtures, evidence, views
 from sanitize.scores.network import block_activations
 
 torch = pytest.importorskip("torch")
@@ -42,10 +42,16 @@ def corpus(
 
 
 @pytest.fixture(autouse=True)
+def without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(class_mixtures, "VIEWS", (views.pixels, views.frequencies, views.contrasts))
+
+
+@pytest.fixture
 def pixels_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(class_mixtures, "_whitened_blocks", lambda inputs: iter([]))
+    monkeypatch.setattr(class_mixtures, "VIEWS", (views.pixels,))
 
 
+@pytest.mark.usefixtures("pixels_only")
 @pytest.mark.parametrize("planted", [0.03, 0.1, 0.3])
 def test_a_planted_pattern_is_a_group_of_its_class(planted: float) -> None:
     inputs, chosen = corpus(planted)
@@ -53,7 +59,7 @@ def test_a_planted_pattern_is_a_group_of_its_class(planted: float) -> None:
     assert [group.class_id for group in groups] == [1]
     found = groups[0]
     assert found.signal == "pixels"
-    assert found.separation > class_mixtures.SEPARATION
+    assert found.separation > class_mixtures.SEPARATION["pixels"]
     assert found.trusted == inputs.trusted[found.rows].sum() == 0
     right = np.isin(chosen, found.rows)
     assert right.mean() > 0.97
@@ -71,6 +77,7 @@ def test_what_trusted_samples_share_is_no_group() -> None:
     assert class_mixtures.find(corpus(0.3, trusted_too=True)[0], []) == []
 
 
+@pytest.mark.usefixtures("pixels_only")
 def test_a_hint_finds_what_is_too_weak_to_lead() -> None:
     inputs, chosen = corpus(0.03, strength=0.12)
     hint = np.random.default_rng(1).normal(size=len(inputs.class_id)).astype(np.float32)
@@ -137,3 +144,19 @@ def test_block_activations(proxy: str) -> None:
     again = block_activations(network, images[256:])
     np.testing.assert_allclose(blocks[0][256:], again[0], rtol=1e-4, atol=1e-5)
     assert not any(module._forward_hooks for module in network.modules())
+
+
+def test_where_trusted_samples_lie_tells_planted_from_natural() -> None:
+    """A tenth of the class is the group; 25 of 1,000 samples are trusted."""
+
+    def ratio(members: int, odds: float = 20.0) -> float:
+        log_odds = np.where(np.arange(1000) < 100, 20.0, -20.0)
+        trusted = np.zeros(1000, bool)
+        trusted[:members] = True
+        trusted[100 : 125 - members] = True
+        log_odds[:members] = odds
+        return class_mixtures.planted_rather_than_natural(log_odds, trusted)
+
+    assert ratio(0) == pytest.approx(25 * np.log(0.99 / 0.9), rel=1e-3)
+    assert ratio(0) > ratio(1, odds=0.5) > 0 > ratio(2) > ratio(3)
+    assert class_mixtures.planted_rather_than_natural(np.zeros(9), np.zeros(9, bool)) == 0

@@ -88,7 +88,7 @@ class Group:
 
     class_id: int
     signal: str
-    """Where it shows: ``pixels`` or ``activations``."""
+    """The view it shows in: ``pixels``, ``frequencies``, ``contrasts`` or ``activations``; see views.py."""
     rows: npt.NDArray[np.intp]
     """Members, as positions in the inputs, ascending."""
     separation: float

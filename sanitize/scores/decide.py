@@ -246,7 +246,12 @@ def _conflict_reasons(
 
 def group_reason(group: dict[str, Any]) -> str:
     """The reason of all members of a group, as groups.json records it."""
-    where = {"pixels": "its pixels", "activations": "what the proxy's first layers see in it"}
+    where = {
+        "pixels": "its pixels",
+        "frequencies": "its frequencies",
+        "contrasts": "its contrasts from pixel to pixel",
+        "activations": "what the proxy's first layers see in it",
+    }
     others = len(group["rows"]) - 1
     return f"shares something in {where[group['signal']]} with about {others:,} others of its label"
 
