@@ -286,6 +286,8 @@ def inspect(
         raise UsageError(f"--fail-on {fail_on}: expected backdoor")
     if quick and method not in ("combined", "quick"):
         raise UsageError(f"--quick and --method {method}: give one of them")
+    if (quick or method == "quick") and classes:
+        raise UsageError("--classes: the quick statistics always look at all of them; leave it out")
     found = sanitize.inspect(
         checkpoint,
         trusted=trusted,

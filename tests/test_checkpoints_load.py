@@ -486,6 +486,10 @@ def test_a_timm_folder_of_transformers_opens_no_other_file(tmp_path: Path) -> No
 
     with_config()
     assert loaded(folder, resolution=32).classifier.classes == 4
+    with_config(pretrained_cfg={"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "input_size": [3, 48, 48]})
+    found = loaded(folder).classifier
+    assert found.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
+    assert (found.std.flatten()[0].item(), found.resolution) == (pytest.approx(0.4), 48)
     with_config(model_args={"checkpoint_path": str(tmp_path / "other.pt")})
     with pytest.raises(InputError, match=r"model_args \(checkpoint_path\) are not passed on"):
         loaded(folder, resolution=32)

@@ -262,6 +262,11 @@ def test_the_command_quick(checkpoint: tuple[Path, Path], tmp_path: Path) -> Non
     again = run_cli("inspect", checkpoint[0], *COMMON, "--quick", "--out", tmp_path / "out")
     assert "highest in" in again.out
     assert "how sure" in again.out
+    refused = run_cli(
+        "inspect", checkpoint[0], *COMMON, "--quick", "--classes", "top:2", "--out", tmp_path / "x"
+    )
+    assert refused.code == 2
+    assert "always look at all" in refused.err
 
 
 def test_findings_have_their_exit_code(

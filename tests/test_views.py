@@ -11,7 +11,7 @@ from sanitize.scores import ScoreInputs, class_mixtures, views
 
 torch = pytest.importorskip("torch")
 CLASSES, PER_CLASS, SIDE = 3, 400, 32
-View = Callable[[ScoreInputs], Iterator[tuple[npt.NDArray[np.intp], "torch.Tensor"]]]
+View = Callable[[ScoreInputs], Iterator[tuple[str, npt.NDArray[np.intp], "torch.Tensor"]]]
 
 
 def textures(seed: int, channels: int = 3) -> npt.NDArray[np.float32]:
@@ -64,9 +64,28 @@ def test_a_trigger_is_a_group_of_a_small_class(view: View, attack: str, only: Ca
     images[chosen] = stamp(attack, images[chosen])
     groups = class_mixtures.find(inputs_of(images, class_id), [])
     assert {group.class_id for group in groups} == {1}
-    assert groups[0].signal == view.__name__
+    assert {group.signal for group in groups} == {view.__name__}
     assert np.isin(chosen, groups[0].rows).mean() >= 0.95
     assert np.isin(groups[0].rows, chosen).mean() >= 0.95
+
+
+def test_a_faint_picture_is_a_group_by_its_pattern(only: Callable[[View], None]) -> None:
+    only(views.pixels)
+    images, class_id = textures(0), labels()
+    chosen = np.flatnonzero(class_id == 1)[-40:]
+    images[chosen] = 0.6 * images[chosen] + 0.4 * textures(9)[3]
+    groups = class_mixtures.find(inputs_of(images, class_id), [])
+    assert {(group.class_id, group.signal) for group in groups} == {(1, "patterns")}
+    assert np.isin(chosen, groups[0].rows).mean() >= 0.9
+
+
+def test_a_hint_that_means_nothing_makes_no_group(only: Callable[[View], None]) -> None:
+    """In a thousand dimensions any tenth of four hundred stands apart along its own mean."""
+    random = np.random.default_rng(0)
+    hints = [random.normal(size=CLASSES * PER_CLASS).astype(np.float32) for _ in range(3)]
+    for view in (views.pixels, views.frequencies, views.contrasts):
+        only(view)
+        assert class_mixtures.find(inputs_of(textures(4), labels()), hints) == []
 
 
 def test_copies_with_the_right_label_do_not_hide_the_wrong_ones(only: Callable[[View], None]) -> None:
@@ -93,9 +112,9 @@ def test_texture_alone_is_no_group(view: View, channels: int, only: Callable[[Vi
 @pytest.mark.parametrize("view", [views.frequencies, views.contrasts])
 def test_profiles_have_one_norm_and_no_mean(view: View) -> None:
     images = textures(2)
-    seen = dict(enumerate(view(inputs_of(images, labels()))))
-    assert sorted(np.concatenate([rows for rows, _ in seen.values()])) == list(range(len(images)))
-    for rows, values in seen.values():
+    seen = list(view(inputs_of(images, labels())))
+    assert sorted(np.concatenate([rows for _, rows, _ in seen])) == list(range(len(images)))
+    for _, rows, values in seen:
         assert values.shape == (len(rows), 1024 * (3 if view is views.frequencies else 1))
         torch.testing.assert_close(values.mean(0), torch.zeros(values.shape[1]), atol=1e-4, rtol=0)
         assert values.isfinite().all()
@@ -104,7 +123,7 @@ def test_profiles_have_one_norm_and_no_mean(view: View) -> None:
 @pytest.mark.parametrize("view", [views.frequencies, views.contrasts])
 def test_large_images_are_reduced(view: View) -> None:
     images = textures(3).repeat(2, 1).repeat(2, 2)
-    small = [values for _, values in view(inputs_of(textures(3), labels()))]
-    large = [values for _, values in view(inputs_of(images, labels()))]
+    small = [values for _, _, values in view(inputs_of(textures(3), labels()))]
+    large = [values for _, _, values in view(inputs_of(images, labels()))]
     for one, other in zip(small, large, strict=True):
         torch.testing.assert_close(one, other)

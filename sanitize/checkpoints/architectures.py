@@ -124,7 +124,8 @@ def _found(arch: str, network: nn.Module, fit: Fit, shapes: Shapes, notes: tuple
     if kind == "torchvision":
         preprocessing = _torchvision_preprocessing(name, network)
     elif kind == "timm":
-        preprocessing = _timm_preprocessing(network)
+        config = getattr(network, "pretrained_cfg", None)
+        preprocessing = timm_preprocessing(config, "as timm's configuration of it has it")
     if kind == "torchvision" and has_cifar_stem(network):
         notes += (f"{name} with a 3×3 stem of stride 1, as for CIFAR",)
     return Found(network=network, architecture=arch, fit=fit, preprocessing=preprocessing, notes=notes)
@@ -312,15 +313,15 @@ def is_timm_model(timm: Any, name: str) -> bool:
     return ":" not in name and "/" not in name and bool(timm.is_model(name.split(".")[0]))
 
 
-def _timm_preprocessing(network: nn.Module) -> Preprocessing | None:
-    config: dict[str, Any] = getattr(network, "pretrained_cfg", None) or {}
-    if not {"mean", "std", "input_size"} <= config.keys():
+def timm_preprocessing(config: Mapping[str, Any] | None, source: str) -> Preprocessing | None:
+    """From a pretrained_cfg of timm, None if it lacks something; `source` says where it is from."""
+    if not config or not {"mean", "std", "input_size"} <= config.keys():
         return None
     return Preprocessing(
-        mean=tuple(config["mean"]),
-        std=tuple(config["std"]),
+        mean=tuple(float(value) for value in config["mean"]),
+        std=tuple(float(value) for value in config["std"]),
         resolution=int(config["input_size"][-1]),
-        source="as timm's configuration of it has it",
+        source=source,
     )
 
 

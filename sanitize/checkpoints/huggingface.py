@@ -18,7 +18,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from sanitize.checkpoints.architectures import Fit, Preprocessing, installed, is_timm_model
+from sanitize.checkpoints.architectures import (
+    Fit,
+    Preprocessing,
+    installed,
+    is_timm_model,
+    timm_preprocessing,
+)
 from sanitize.checkpoints.files import StateFile, prefixes, stripped
 from sanitize.errors import InputError
 
@@ -214,13 +220,14 @@ def _with_weights(kind: Any, config: Any, tensors: Mapping[str, torch.Tensor]) -
 
 
 def read_preprocessing(folder: Path, config: Any) -> Preprocessing | None:
-    """What preprocessor_config.json says, None where there is none.
+    """What preprocessor_config.json says, or timm's part of config.json; None where there is neither.
 
     A rescaling other than 1/255 and an offset are worked into mean and std.
     """
     path = folder / "preprocessor_config.json"
     if not path.is_file():
-        return None
+        source = f"as pretrained_cfg of {folder / 'config.json'} has it"
+        return timm_preprocessing(getattr(config, "pretrained_cfg", None), source)
     values = read_json(path)
     scale = 255 * float(values.get("rescale_factor", 1 / 255)) if values.get("do_rescale", True) else 255.0
     offset = 1.0 if values.get("rescale_offset") else 0.0

@@ -15,6 +15,7 @@ VERY_CLEAR = 5.0
 
 _SIGNALS = {
     "pixels": "It shows in the pixels themselves.",
+    "patterns": "It shows in the pattern of the image, whatever its contrast.",
     "frequencies": "It shows in the frequencies of the image: fine patterns that the rest lacks.",
     "contrasts": "It shows in the contrast of pixels with their neighbours: edges at the same places.",
     "activations": "It shows in what the first layers of the proxy respond to.",

@@ -88,7 +88,7 @@ class Group:
 
     class_id: int
     signal: str
-    """The view it shows in: ``pixels``, ``frequencies``, ``contrasts`` or ``activations``; see views.py."""
+    """The view it shows in: ``pixels``, ``patterns``, ``frequencies``, ``contrasts`` or ``activations``."""
     rows: npt.NDArray[np.intp]
     """Members, as positions in the inputs, ascending."""
     separation: float

@@ -248,6 +248,7 @@ def group_reason(group: dict[str, Any]) -> str:
     """The reason of all members of a group, as groups.json records it."""
     where = {
         "pixels": "its pixels",
+        "patterns": "its pattern",
         "frequencies": "its frequencies",
         "contrasts": "its contrasts from pixel to pixel",
         "activations": "what the proxy's first layers see in it",

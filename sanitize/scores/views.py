@@ -1,4 +1,4 @@
-"""Four views of every class, in which a planted trigger stands apart from what is ordinary in images."""
+"""Views of every class, in which a planted trigger stands apart from what is ordinary in images."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     import torch
 
 Rows = npt.NDArray[np.intp]
-Classes = Iterator[tuple[Rows, "torch.Tensor"]]
-"""Rows of one class, and (n, D) float32 values of theirs with mean 0."""
+Classes = Iterator[tuple[str, Rows, "torch.Tensor"]]
+"""Name of a view, rows of one class, and (n, D) float32 values of theirs with mean 0."""
 
 SIDES = (32, 16, 8)
 """Images are reduced to 32 px at most, to be whitened to the first side at which the corpus has three samples
@@ -32,10 +32,17 @@ rounding."""
 
 
 def pixels(inputs: ScoreInputs) -> Classes:
-    """Pixels, whitened by the covariance that is left when classes are centred; D at most 3·32²."""
+    """Pixels, whitened by the covariance that is left when classes are centred; D at most 3·32².
+
+    Twice: as they are, and as ``patterns``, each image with the same norm. Along a blended picture the first
+    have too little room between the trigger and the few most textured images; a few bright pixels are lost in
+    the second.
+    """
     images = inputs.images()
     side = next((side for side in SIDES if 9 * side**2 <= len(inputs.class_id)), SIDES[-1])
-    return _whitened(lambda rows: _values(images, rows, side), inputs)
+    for rows, values in _whitened(lambda rows: _values(images, rows, side), inputs):
+        yield "pixels", rows, values
+        yield "patterns", rows, _centred(_normed(values))
 
 
 def activations(inputs: ScoreInputs) -> Classes:
@@ -45,7 +52,8 @@ def activations(inputs: ScoreInputs) -> Classes:
     for values in block_activations(inputs.network(), inputs.images()):
         # Pooled activations are skewed; their logarithm is not, and asinh also takes negative ones.
         compressed = torch.from_numpy(np.arcsinh(20 * values))
-        yield from _whitened(compressed.__getitem__, inputs)
+        for rows, whitened in _whitened(compressed.__getitem__, inputs):
+            yield "activations", rows, whitened
 
 
 def frequencies(inputs: ScoreInputs) -> Classes:
@@ -54,7 +62,8 @@ def frequencies(inputs: ScoreInputs) -> Classes:
     Ordinary images have little at high frequencies, a blended pattern has much.
     """
     images = inputs.images()
-    return _profiles(lambda rows: _values(images, rows, SIDES[0], _cosines), inputs, _ROUNDING)
+    for rows, values in _profiles(lambda rows: _values(images, rows, SIDES[0], _cosines), inputs, _ROUNDING):
+        yield "frequencies", rows, values
 
 
 def contrasts(inputs: ScoreInputs) -> Classes:
@@ -64,7 +73,10 @@ def contrasts(inputs: ScoreInputs) -> Classes:
     of a class is what a patch makes.
     """
     images = inputs.images()
-    return _profiles(lambda rows: _values(images, rows, SIDES[0], _edges), inputs, _ROUNDING**0.5)
+    for rows, values in _profiles(
+        lambda rows: _values(images, rows, SIDES[0], _edges), inputs, _ROUNDING**0.5
+    ):
+        yield "contrasts", rows, values
 
 
 def _cosines(part: torch.Tensor) -> torch.Tensor:
@@ -113,7 +125,9 @@ def _by_class(class_id: npt.NDArray[np.int32]) -> list[Rows]:
     return [rows for rows in np.split(order, np.cumsum(np.bincount(class_id))[:-1]) if len(rows)]
 
 
-def _profiles(take: Callable[[Rows], torch.Tensor], inputs: ScoreInputs, floor: float) -> Classes:
+def _profiles(
+    take: Callable[[Rows], torch.Tensor], inputs: ScoreInputs, floor: float
+) -> Iterator[tuple[Rows, torch.Tensor]]:
     """Class by class, each value in units of its usual size in the corpus, each image with the same norm.
 
     Usual sizes are medians, which poison cannot move far: a covariance is stretched along a trigger by the
@@ -125,12 +139,12 @@ def _profiles(take: Callable[[Rows], torch.Tensor], inputs: ScoreInputs, floor: 
     middle = some.median(0).values
     size = 1.4826 * (some - middle).abs().median(0).values + floor
     for rows in _by_class(inputs.class_id):
-        values = (take(rows) - middle) / size
-        values *= values.shape[1] ** 0.5 / values.norm(dim=1, keepdim=True).clamp(min=1e-6)
-        yield rows, _centred(values)
+        yield rows, _centred(_normed((take(rows) - middle) / size))
 
 
-def _whitened(take: Callable[[Rows], torch.Tensor], inputs: ScoreInputs) -> Classes:
+def _whitened(
+    take: Callable[[Rows], torch.Tensor], inputs: ScoreInputs
+) -> Iterator[tuple[Rows, torch.Tensor]]:
     """Class by class, with the covariance that is left when classes are centred; `take` gives (n, D) rows."""
     import torch
 
@@ -148,6 +162,12 @@ def _whitened(take: Callable[[Rows], torch.Tensor], inputs: ScoreInputs) -> Clas
     whitening = directions[:, usable] / (variance[usable] / (share * len(inputs.class_id))).sqrt()
     for rows in classes:
         yield rows, _centred(take(rows)) @ whitening
+
+
+def _normed(values: torch.Tensor) -> torch.Tensor:
+    norms = values.norm(dim=1, keepdim=True) / values.shape[1] ** 0.5
+    found: torch.Tensor = values / norms.clamp(min=1e-6)
+    return found
 
 
 def _centred(values: torch.Tensor) -> torch.Tensor:
