@@ -128,7 +128,7 @@ def test_evidence_of_a_method_with_and_without_groups() -> None:
     assert plain.groups is None
     assert plain.signals == {}
     assert [group.class_id for group in combined.groups] == [1]
-    assert set(combined.signals) == {"group_log_odds", "label_conflict"}
+    assert set(combined.signals) == {"group_log_odds", "label_conflict", "shortcut"}
     inside = combined.signals["group_log_odds"] > 0
     assert combined.score[inside].min() > combined.score[~inside].max()
 

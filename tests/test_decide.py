@@ -236,14 +236,20 @@ def test_a_group_comes_before_a_label_conflict_and_this_before_the_trajectory() 
     )
     conflict = np.arange(60, dtype=np.float32)
     odds = np.where(np.arange(60) == 59, 3, -20).astype(np.float32)
-    found = {"label_conflict": conflict, "group_log_odds": odds}
-    rows = np.array([50, 59])
+    shortcut = np.where(np.arange(60) == 51, 99, -conflict)
+    found = {
+        "label_conflict": np.where(np.arange(60) == 51, 0, conflict),
+        "shortcut": shortcut,
+        "group_log_odds": odds,
+    }
+    rows = np.array([50, 51, 59])
     assert reasons(inputs, found, rows) == [
-        "the proxy fits its label better than a second, augmented model does, by more than for all trusted"
+        "a second, augmented model believes its label less than those of all trusted samples of its class",
+        "the proxy learned it early and a second, augmented model did not, by more than for all trusted"
         " samples of its class",
         "shares something with other samples of its label",
     ]
-    assert "learned later" in reasons(inputs, {}, rows)[1]
+    assert "learned later" in reasons(inputs, {}, rows)[2]
 
 
 def test_reject_with_ties_counts_only_trusted_samples_above_them() -> None:

@@ -162,7 +162,7 @@ def test_the_default_method_end_to_end(shards: Shards, tmp_path: Path) -> None:
     # no poison here: 0.05 promised; 63 trusted samples make it .01 to .13 in nineteen of twenty
     assert report.flagged / SAMPLES < 0.2
     table = pq.read_table(tmp_path / "decisions.parquet")
-    assert {"group_log_odds", "label_conflict"} <= set(table.column_names)
+    assert {"group_log_odds", "label_conflict", "shortcut"} <= set(table.column_names)
     assert set(table["group_log_odds"].drop_null().to_pylist()) == {-20.0}
     assert json.loads((tmp_path / "groups.json").read_text()) == []
     assert np.isfinite(np.load(tmp_path / "second_opinion.npy")).sum() > SAMPLES
@@ -204,9 +204,8 @@ def test_a_group_is_named_in_the_decisions(
         odds[rows] = np.linspace(1, 5, 30)
         group = Group(class_id=1, signal="pixels", rows=rows, separation=9.0, trusted=0, log_odds=odds[rows])
         conflict = np.zeros(len(odds), np.float32)
-        return Evidence(
-            score=odds, signals={"group_log_odds": odds, "label_conflict": conflict}, groups=[group]
-        )
+        signals = {"group_log_odds": odds, "label_conflict": conflict, "shortcut": conflict}
+        return Evidence(score=odds, signals=signals, groups=[group])
 
     monkeypatch.setattr(combined, "evidence", evidence)
     monkeypatch.setattr(combined, "SECOND_OPINION", False)

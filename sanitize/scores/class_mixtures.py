@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sanitize.scores import Evidence, Group, ScoreInputs, mahalanobis, views
-from sanitize.scores.features import log_losses
+from sanitize.scores.features import early_log_loss
 
 if TYPE_CHECKING:
     import torch
@@ -68,14 +68,8 @@ def log_odds(groups: list[Group], samples: int) -> Floats:
 
 
 def hints(inputs: ScoreInputs) -> list[Floats]:
-    """(N,) each: how early a sample was learned, and how unusual its trajectory is.
-
-    Early: minus the mean log loss from a tenth to 40 % of the epochs.
-    """
-    logs = log_losses(inputs.trajectories)
-    epochs = logs.shape[1]
-    early = -logs[:, epochs // 10 : max(epochs // 10 + 1, 2 * epochs // 5)].mean(axis=1)
-    return [early, mahalanobis.score(inputs)]
+    """(N,) each: how early a sample was learned, and how unusual its trajectory is."""
+    return [-early_log_loss(inputs.trajectories), mahalanobis.score(inputs)]
 
 
 def find(inputs: ScoreInputs, hints: list[Floats]) -> list[Group]:

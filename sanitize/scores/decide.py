@@ -203,7 +203,7 @@ def reasons(
             this before the trait of the trajectory that differs most from the trusted samples.
     """
     if "label_conflict" in found:
-        words = _conflict_reasons(inputs, found["label_conflict"], rows)
+        words = _conflict_reasons(inputs, found, rows)
     else:
         words = _trajectory_reasons(inputs, rows)
     if "group_log_odds" not in found:
@@ -233,14 +233,24 @@ def _trajectory_reasons(inputs: ScoreInputs, rows: npt.NDArray[np.intp]) -> list
     ]
 
 
+_CONFLICT_WORDS = {
+    "label_conflict": "a second, augmented model believes its label less than those of",
+    "shortcut": "the proxy learned it early and a second, augmented model did not, by more than for",
+}
+
+
 def _conflict_reasons(
-    inputs: ScoreInputs, conflict: npt.NDArray[np.float32], rows: npt.NDArray[np.intp]
+    inputs: ScoreInputs, found: dict[str, npt.NDArray[np.float32]], rows: npt.NDArray[np.intp]
 ) -> list[str]:
-    above, _, of_class = _extremes(inputs, conflict, rows)
-    words = "the proxy fits its label better than a second, augmented model does, by more than for"
+    """The side on which each of `rows` lies above more of the trusted samples: too hard, or too easy."""
+    extremes = [_extremes(inputs, found[name], rows) for name in _CONFLICT_WORDS]
+    above = np.stack([high for high, _, _ in extremes])
+    words = list(_CONFLICT_WORDS.values())
     return [
-        _sentence(words, share, own) if share >= 0.8 else _NO_SINGLE_CONFLICT
-        for share, own in zip(above, of_class, strict=True)
+        _sentence(words[which], above[which, column], own)
+        if above[which, column] >= 0.8
+        else _NO_SINGLE_CONFLICT
+        for column, (which, own) in enumerate(zip(above.argmax(axis=0), extremes[0][2], strict=True))
     ]
 
 
@@ -257,7 +267,7 @@ def group_reason(group: dict[str, Any]) -> str:
     return f"shares something in {where[group['signal']]} with about {others:,} others of its label"
 
 
-_NO_SINGLE_CONFLICT = "the proxy fits its label better than a second, augmented model does"
+_NO_SINGLE_CONFLICT = "a second, augmented model believes its label less than most"
 _NO_SINGLE_TRAIT = "no single trait stands out: its trajectory as a whole is unlike the trusted ones"
 
 

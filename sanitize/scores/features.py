@@ -18,6 +18,16 @@ def log_losses(trajectories: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]
     return logs
 
 
+def early_log_loss(trajectories: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """(N,) float32 mean log loss from a tenth to 40 % of the E epochs of (N, E) trajectories."""
+    logs = log_losses(trajectories)
+    epochs = logs.shape[1]
+    mean: npt.NDArray[np.float32] = logs[:, epochs // 10 : max(epochs // 10 + 1, 2 * epochs // 5)].mean(
+        axis=1
+    )
+    return mean
+
+
 def ranks_within_class(
     trajectories: npt.NDArray[np.float32], class_id: npt.NDArray[np.int32]
 ) -> npt.NDArray[np.float32]:
