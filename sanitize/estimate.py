@@ -24,6 +24,11 @@ _STEPS = 4
 _PROCESS_BYTES = 1_150_000_000
 """Resident memory of PyTorch with a small network and its optimiser (docs/benchmarks.md)."""
 _CHECKPOINT_BYTES = 20_000_000
+_SEARCHED_FOR_GROUPS = ("combined", "class-mixtures")
+_GROUP_SECONDS = 0.0017
+"""A sample on one core, in all views."""
+_GROUP_BYTES = 5 * 4 * 3 * 32**2
+"""A sample of the largest class: its pixels as float32, about five times over."""
 
 
 def estimate(config: ScanConfig, progress: Progress) -> dict[str, Any]:
@@ -54,6 +59,9 @@ def estimate(config: ScanConfig, progress: Progress) -> dict[str, Any]:
     corpus_bytes = sum(shard["bytes"] for shard in index.shards if not shard["trusted"])
     setup, train_s = _train_s(config, usable, len(index.class_names), resolution)
     pixel_bytes = rows * resolution**2 * 3
+    searched = config.decision.method in _SEARCHED_FOR_GROUPS
+    largest = max(pc.value_counts(index.table["label"]).field("counts").to_pylist()) if searched else 0
+    groups_s = usable * _GROUP_SECONDS if searched else 0.0
     return {
         "samples": rows - in_trusted,
         "unusable": unusable,
@@ -62,8 +70,11 @@ def estimate(config: ScanConfig, progress: Progress) -> dict[str, Any]:
         "shards": len(corpus),
         "bytes": corpus_bytes,
         "disk_bytes": corpus_bytes + pixel_bytes + 4 * rows * config.proxy.epochs + _CHECKPOINT_BYTES,
-        "memory_bytes": _PROCESS_BYTES + pixel_bytes + 12 * rows * config.proxy.epochs,
-        "time_s": round(index_s + decode_s * usable / cores() + train_s, 1),
+        "memory_bytes": _PROCESS_BYTES
+        + pixel_bytes
+        + 12 * rows * config.proxy.epochs
+        + _GROUP_BYTES * largest,
+        "time_s": round(index_s + (decode_s * usable + groups_s) / cores() + train_s, 1),
         "resolution": resolution,
         **setup,
         "notes": index.notes,

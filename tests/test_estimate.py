@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from pathlib import Path
 
@@ -5,7 +6,7 @@ import pytest
 from builders import member, sample, shard, tar
 from conftest import CLASSES, SAMPLES, TRUSTED, Shards, make_shards, run_cli, scan_arguments
 
-from sanitize.config import CorpusConfig, ProxyConfig, ScanConfig
+from sanitize.config import CorpusConfig, DecisionConfig, ProxyConfig, ScanConfig
 from sanitize.errors import InputError, UsageError
 from sanitize.estimate import _size, estimate, in_words
 from sanitize.progress import Silent
@@ -41,6 +42,14 @@ def test_more_epochs_cost_more(shards: Shards) -> None:
     few, many = (estimate(config(shards, epochs=epochs), Silent()) for epochs in (3, 900))
     assert many["time_s"] > few["time_s"]
     assert many["disk_bytes"] - few["disk_bytes"] == 897 * 4 * (SAMPLES + TRUSTED)
+
+
+def test_the_search_for_groups_counts(shards: Shards) -> None:
+    searched = config(shards)
+    plain = dataclasses.replace(searched, decision=DecisionConfig(method="mahalanobis"))
+    more = estimate(searched, Silent())["memory_bytes"] - estimate(plain, Silent())["memory_bytes"]
+    assert more % (5 * 12_288) == 0
+    assert SAMPLES / CLASSES <= more / (5 * 12_288) <= SAMPLES
 
 
 def test_the_disk_estimate_covers_what_a_run_takes(shards: Shards, finished: Path) -> None:
