@@ -83,6 +83,7 @@ def test_a_hint_that_means_nothing_makes_no_group(only: Callable[[View], None]) 
     """In a thousand dimensions any tenth of four hundred stands apart along its own mean."""
     random = np.random.default_rng(0)
     hints = [random.normal(size=CLASSES * PER_CLASS).astype(np.float32) for _ in range(3)]
+    hints.append(np.zeros(CLASSES * PER_CLASS, np.float32))
     for view in (views.pixels, views.frequencies, views.contrasts):
         only(view)
         assert class_mixtures.find(inputs_of(textures(4), labels()), hints) == []
@@ -127,3 +128,17 @@ def test_large_images_are_reduced(view: View) -> None:
     large = [values for _, _, values in view(inputs_of(images, labels()))]
     for one, other in zip(small, large, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_a_hint_points_out_of_fold() -> None:
+    random = np.random.default_rng(0)
+    values = torch.from_numpy(random.normal(size=(303, 7)))
+    hint = random.normal(size=303).astype(np.float32)
+    high, fold = hint >= np.quantile(hint, 0.9), np.arange(303) % class_mixtures.FOLDS
+    expected = np.empty(303)
+    for k in range(class_mixtures.FOLDS):
+        others, mine = fold != k, fold == k
+        direction = values[others & high].mean(0) - values[others & ~high].mean(0)
+        along = (values[mine] @ direction).numpy()
+        expected[mine] = along / along.std(ddof=1)
+    np.testing.assert_allclose(class_mixtures._pointed(values, hint), expected, rtol=1e-6)

@@ -184,7 +184,6 @@ def planted_rather_than_natural(log_odds: npt.NDArray[np.float64], trusted: npt.
 
 def _splits(values: torch.Tensor, hints: list[Floats], seed: int) -> list[_Split]:
     """The class in two, begun from both ends of each leading direction, and from where a hint points."""
-
     leading = _leading(values, min(DIRECTIONS, len(values) // 40), seed)
     z = (values @ leading).double().numpy()
     splits = [_split(z, sign * z[:, start]) for start in range(min(STARTS, z.shape[1])) for sign in (1, -1)]
@@ -203,13 +202,19 @@ def _pointed(values: torch.Tensor, hint: Floats) -> npt.NDArray[np.float64]:
 
     high = torch.from_numpy(hint >= np.quantile(hint, 0.9))
     fold = torch.arange(len(values)) % FOLDS
-    found = np.empty(len(values))
-    for k in range(FOLDS):
-        others = values[fold != k]
-        raised = high[fold != k]
-        mine = values[fold == k] @ (others[raised].mean(0) - others[~raised].mean(0))
-        found[(fold == k).numpy()] = mine.double().numpy() / max(float(mine.std()), 1e-12)
+    inside = torch.nn.functional.one_hot(fold, FOLDS).to(values.dtype)
+    directions = _means_of_others(values, inside * high[:, None])
+    directions -= _means_of_others(values, inside * ~high[:, None])
+    along = (values @ directions.T).gather(1, fold[:, None]).double()
+    spread = torch.stack([along[fold == k].std() for k in range(FOLDS)]).clamp(min=1e-12)
+    found: npt.NDArray[np.float64] = (along[:, 0] / spread[fold]).numpy()
     return found
+
+
+def _means_of_others(values: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
+    """(FOLDS, D) for each fold the mean of the (n, D) values that are marked in other columns of (n, FOLDS)."""
+    sums, counts = inside.T @ values, inside.sum(0)
+    return (sums.sum(0) - sums) / (counts.sum() - counts).clamp(min=1)[:, None]
 
 
 def _leading(values: torch.Tensor, count: int, seed: int) -> torch.Tensor:
