@@ -212,7 +212,7 @@ def _pointed(values: torch.Tensor, hint: Floats) -> npt.NDArray[np.float64]:
 
 
 def _means_of_others(values: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
-    """(FOLDS, D) for each fold the mean of the (n, D) values that are marked in other columns of (n, FOLDS)."""
+    """(FOLDS, D) for each fold the mean of the (n, D) values marked in other columns of (n, FOLDS)."""
     sums, counts = inside.T @ values, inside.sum(0)
     return (sums.sum(0) - sums) / (counts.sum() - counts).clamp(min=1)[:, None]
 
