@@ -490,6 +490,11 @@ def test_a_timm_folder_of_transformers_opens_no_other_file(tmp_path: Path) -> No
     found = loaded(folder).classifier
     assert found.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
     assert (found.std.flatten()[0].item(), found.resolution) == (pytest.approx(0.4), 48)
+    for wrong in ({"mean": None}, {"std": [0, 0, 0]}, {"mean": ["x"] * 3}, {"input_size": None}):
+        good = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "input_size": [3, 48, 48]}
+        with_config(pretrained_cfg={**good, **wrong})
+        with pytest.raises(InputError, match=r"pretrained_cfg of .*config.json is malformed"):
+            loaded(folder)
     with_config(model_args={"checkpoint_path": str(tmp_path / "other.pt")})
     with pytest.raises(InputError, match=r"model_args \(checkpoint_path\) are not passed on"):
         loaded(folder, resolution=32)

@@ -146,17 +146,10 @@ def test_block_activations(proxy: str) -> None:
     assert not any(module._forward_hooks for module in network.modules())
 
 
-def test_where_trusted_samples_lie_tells_planted_from_natural() -> None:
-    """A tenth of the class is the group; 25 of 1,000 samples are trusted."""
-
-    def ratio(members: int, odds: float = 20.0) -> float:
-        log_odds = np.where(np.arange(1000) < 100, 20.0, -20.0)
-        trusted = np.zeros(1000, bool)
-        trusted[:members] = True
-        trusted[100 : 125 - members] = True
-        log_odds[:members] = odds
-        return class_mixtures.planted_rather_than_natural(log_odds, trusted)
-
-    assert ratio(0) == pytest.approx(25 * np.log(0.99 / 0.9), rel=1e-3)
-    assert ratio(0) > ratio(1, odds=0.5) > 0 > ratio(2) > ratio(3)
-    assert class_mixtures.planted_rather_than_natural(np.zeros(9), np.zeros(9, bool)) == 0
+def test_small_groups_must_stand_further_apart() -> None:
+    least = class_mixtures.least_separation
+    assert least("pixels", 50, 0.1) == least("activations", 50, 0.01) == 4.0
+    assert least("frequencies", 500, 0.1) == pytest.approx(6.1)
+    assert least("contrasts", 500, 0.1) == pytest.approx(3.0 + 0.1 + 0.3)
+    assert least("contrasts", 32, 32 / 600) > 4.6, "a natural group of clean CIFAR-10"
+    assert least("patterns", 27, 0.027) == pytest.approx(2.7 + 50 / 27 + 0.03 / 0.027)

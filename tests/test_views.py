@@ -69,24 +69,31 @@ def test_a_trigger_is_a_group_of_a_small_class(view: View, attack: str, only: Ca
     assert np.isin(groups[0].rows, chosen).mean() >= 0.95
 
 
-def test_a_faint_picture_is_a_group_by_its_pattern(only: Callable[[View], None]) -> None:
+def test_a_faint_picture_is_a_group_by_its_pattern(
+    only: Callable[[View], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     only(views.pixels)
     images, class_id = textures(0), labels()
     chosen = np.flatnonzero(class_id == 1)[-40:]
     images[chosen] = 0.6 * images[chosen] + 0.4 * textures(9)[3]
-    groups = class_mixtures.find(inputs_of(images, class_id), [])
+    inputs = inputs_of(images, class_id)
+    assert {group.signal for group in class_mixtures.find(inputs, [])} <= {"pixels"}, "too few samples"
+    monkeypatch.setattr(views, "SIDES", (8,))
+    groups = class_mixtures.find(inputs, [])
     assert {(group.class_id, group.signal) for group in groups} == {(1, "patterns")}
     assert np.isin(chosen, groups[0].rows).mean() >= 0.9
 
 
-def test_a_hint_that_means_nothing_makes_no_group(only: Callable[[View], None]) -> None:
-    """In a thousand dimensions any tenth of four hundred stands apart along its own mean."""
-    random = np.random.default_rng(0)
-    hints = [random.normal(size=CLASSES * PER_CLASS).astype(np.float32) for _ in range(3)]
-    hints.append(np.zeros(CLASSES * PER_CLASS, np.float32))
-    for view in (views.pixels, views.frequencies, views.contrasts):
-        only(view)
-        assert class_mixtures.find(inputs_of(textures(4), labels()), hints) == []
+def test_an_edge_is_a_signed_root_and_grey_has_no_colour() -> None:
+    part = torch.full((1, 3, 5, 5), 0.25)
+    part[0, :, 2, 2] = 0.5
+    edges = views._edges(part)[0, 0]
+    assert edges[2, 2].item() == pytest.approx(0.5)
+    assert edges[1, 1].item() == pytest.approx(-((0.25 / 8) ** 0.5))
+    assert edges[0, 0].item() == 0
+    waves = views._cosines(part)[0]
+    torch.testing.assert_close(waves[1:], torch.zeros(2, 5, 5), atol=1e-6, rtol=0)
+    assert waves[0, 0, 0].item() == pytest.approx(3**0.5 * part[0, 0].sum().item() / 5)
 
 
 def test_copies_with_the_right_label_do_not_hide_the_wrong_ones(only: Callable[[View], None]) -> None:
@@ -102,7 +109,7 @@ def test_copies_with_the_right_label_do_not_hide_the_wrong_ones(only: Callable[[
     assert np.isin(carriers, groups[0].rows).mean() >= 0.95
 
 
-@pytest.mark.parametrize("view", [views.frequencies, views.contrasts])
+@pytest.mark.parametrize("view", [views.pixels, views.frequencies, views.contrasts])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_texture_alone_is_no_group(view: View, channels: int, only: Callable[[View], None]) -> None:
     only(view)
@@ -119,6 +126,8 @@ def test_profiles_have_one_norm_and_no_mean(view: View) -> None:
         assert values.shape == (len(rows), 1024 * (3 if view is views.frequencies else 1))
         torch.testing.assert_close(values.mean(0), torch.zeros(values.shape[1]), atol=1e-4, rtol=0)
         assert values.isfinite().all()
+        norms = (values.square().mean(1)).sqrt()
+        assert (norms - 1).abs().max() < 0.05, "but for the mean of the class, which was taken off"
 
 
 @pytest.mark.parametrize("view", [views.frequencies, views.contrasts])

@@ -314,15 +314,17 @@ def is_timm_model(timm: Any, name: str) -> bool:
 
 
 def timm_preprocessing(config: Mapping[str, Any] | None, source: str) -> Preprocessing | None:
-    """From a pretrained_cfg of timm, None if it lacks something; `source` says where it is from."""
+    """From a pretrained_cfg of timm, None if it lacks something; `source` says where it is from.
+
+    Raises:
+        ValueError, TypeError, AttributeError or LookupError: it is malformed.
+    """
     if not config or not {"mean", "std", "input_size"} <= config.keys():
         return None
-    return Preprocessing(
-        mean=tuple(float(value) for value in config["mean"]),
-        std=tuple(float(value) for value in config["std"]),
-        resolution=int(config["input_size"][-1]),
-        source=source,
-    )
+    mean, std = (tuple(float(value) for value in config[name]) for name in ("mean", "std"))
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise ValueError(f"mean {mean} and std {std}: expected three numbers each, the second above 0")
+    return Preprocessing(mean=mean, std=std, resolution=int(config["input_size"][-1]), source=source)
 
 
 def installed(package: str, why: str) -> Any:

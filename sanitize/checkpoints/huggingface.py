@@ -226,8 +226,13 @@ def read_preprocessing(folder: Path, config: Any) -> Preprocessing | None:
     """
     path = folder / "preprocessor_config.json"
     if not path.is_file():
-        source = f"as pretrained_cfg of {folder / 'config.json'} has it"
-        return timm_preprocessing(getattr(config, "pretrained_cfg", None), source)
+        named = f"pretrained_cfg of {folder / 'config.json'}"
+        try:
+            return timm_preprocessing(getattr(config, "pretrained_cfg", None), f"as {named} has it")
+        except (AttributeError, TypeError, ValueError, LookupError) as error:
+            raise InputError(
+                f"{named} is malformed ({error}); give --mean, --std and --resolution"
+            ) from error
     values = read_json(path)
     scale = 255 * float(values.get("rescale_factor", 1 / 255)) if values.get("do_rescale", True) else 255.0
     offset = 1.0 if values.get("rescale_offset") else 0.0

@@ -10,13 +10,13 @@ LABELS_OPEN = 3
 CLASSES_SHOWN = 40
 CHANCE = 0.05
 """Where a natural group holds so few trusted samples more often than this, they cannot tell."""
-VERY_CLEAR = 5.0
+VERY_CLEAR = 8.0
 """Separation from which fewer than one in a hundred lies nearer to the other side's mean."""
 
 _SIGNALS = {
     "pixels": "It shows in the pixels themselves.",
-    "patterns": "It shows in the pattern of the image, whatever its contrast.",
-    "frequencies": "It shows in the frequencies of the image: fine patterns that the rest lacks.",
+    "patterns": "It shows in the pattern of the image: faintly the same picture in all of them.",
+    "frequencies": "It shows in the frequencies of the image: a fine or coarse pattern that the rest lacks.",
     "contrasts": "It shows in the contrast of pixels with their neighbours: edges at the same places.",
     "activations": "It shows in what the first layers of the proxy respond to.",
 }

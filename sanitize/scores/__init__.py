@@ -26,7 +26,7 @@ from sanitize.errors import InputError, UsageError
 if TYPE_CHECKING:
     from torch import nn
 
-_HELPERS = {"decide", "knn", "features", "network"}
+_HELPERS = {"decide", "knn", "features", "network", "views"}
 
 
 def _no_images() -> npt.NDArray[np.uint8]:

@@ -26,15 +26,18 @@ SEPARATION = {"pixels": 3.0, "patterns": 2.7, "frequencies": 6.0, "contrasts": 3
 """Least Ashman's D of a group in each view, to which `least_separation` adds something for small groups: a
 few odd images are soon far from all others. Natural groups of clean CIFAR-10 classes reach 2.6 in pixels and
 3.05 in activations (a group of 66 horses 3.5, one of 23 horses 4.8), 5.9 in frequencies (24 samples; 4.7 over
-100), in contrasts 4.3 (80 of 5,000) or 3.5 (160 of 5,000), and in patterns 4.0 (25 of 500) or 2.9 (216 of
-5,000)."""
+100), in contrasts 4.6 (32 of 600), 4.3 (80 of 5,000) or 3.5 (160 of 5,000), and in patterns 4.1 (27 of 1,000)
+or 2.9 (216 of 5,000)."""
+SMALL = 50
+RARE = 0.03
 LEAST_SAMPLES = 100
 """Smaller classes are not looked at."""
 MIN_GROUP = 20
 MAX_SHARE = 0.6
 """Above it the search has found the class and not the group."""
-LOOKALIKES = 0.01
-"""Share of a class that may be taken for members of a planted group; up to half of the group's own share."""
+DEPLETED = 0.25
+"""A group that is natural holds trusted samples as often as its class does. It is reported only if it holds
+at most this share of the trusted samples expected there; in a class without any, nothing is reported."""
 _CLASS_SAMPLES = 20_000
 
 
@@ -42,10 +45,10 @@ def score(inputs: ScoreInputs) -> Floats:
     """(N,) float32 natural log odds of belonging to the most likely group of its class; -20 outside of all.
 
     Tang et al. test whether a class, in the last layer of a trained network and with the within-class
-    covariance of all classes, is one normal population or two. Differences: we look at whitened pixels and at
-    the early blocks of the proxy, because in its last layer clean classes are mixtures as well; at pooled
-    activations; in the leading directions of the class; and a group needs a separation and few trusted
-    samples instead of an outlying likelihood ratio, because several classes may be attacked at once.
+    covariance of all classes, is one normal population or two. Differences: we look at pixels in several
+    views and at the early blocks of the proxy, because in its last layer clean classes are mixtures as well;
+    at pooled activations; in the leading directions of the class; and a group needs a separation and few
+    trusted samples instead of an outlying likelihood ratio, because several classes may be attacked at once.
 
     Source: Tang et al., "Demon in the Variant" (SCAn), USENIX Security 2021; Ashman et al. 1994 for D.
     """
@@ -144,7 +147,8 @@ def _group(split: _Split, rows: npt.NDArray[np.intp], inputs: ScoreInputs, signa
     if split.separation < least_separation(signal, len(members), len(members) / len(rows)):
         return None
     trusted = inputs.trusted[rows]
-    if planted_rather_than_natural(split.log_odds, trusted) <= 0:
+    held = int(trusted[members].sum())
+    if not trusted.any() or held > DEPLETED * trusted.mean() * len(members):
         return None
     order = np.argsort(rows[members])
     return Group(
@@ -152,34 +156,15 @@ def _group(split: _Split, rows: npt.NDArray[np.intp], inputs: ScoreInputs, signa
         signal=signal,
         rows=rows[members][order],
         separation=split.separation,
-        trusted=int(trusted[members].sum()),
+        trusted=held,
         log_odds=split.log_odds[members][order].astype(np.float32),
     )
 
 
 def least_separation(signal: str, members: int, share: float) -> float:
-    """Ashman's D from which on a group of that many samples, that share of its class, is reported."""
-    if signal in ("contrasts", "patterns"):  # where small natural groups are the rule
-        return SEPARATION[signal] + 20 / members + 0.03 / share
-    return SEPARATION[signal] + 50 / members
-
-
-def planted_rather_than_natural(log_odds: npt.NDArray[np.float64], trusted: npt.NDArray[np.bool_]) -> float:
-    """Log likelihood ratio, in nats, of where the trusted samples of a class lie; 0 if it has none.
-
-    A natural group holds trusted samples as often as its class does. A planted one holds none, but for what
-    looks like a member, or was planted among the trusted samples too. Samples at the border count by their
-    odds.
-
-    Args:
-        log_odds: (n,) of belonging to the group, of all samples of the class.
-        trusted: (n,)
-    """
-    inside = 1 / (1 + np.exp(-log_odds))
-    share = inside.mean()
-    lookalikes = min(LOOKALIKES, share / 2)
-    planted = (1 - lookalikes) * (1 - inside) / (1 - share) + lookalikes * inside / share
-    return float(np.log(planted[trusted]).sum())
+    """Ashman's D from which on a group of that many samples, that share of the class's rest, counts."""
+    least = SEPARATION[signal] + SMALL / members
+    return least + RARE / share if signal in ("contrasts", "patterns") else least
 
 
 def _splits(values: torch.Tensor, hints: list[Floats], seed: int) -> list[_Split]:

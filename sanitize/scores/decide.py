@@ -243,9 +243,10 @@ def _conflict_reasons(
     inputs: ScoreInputs, found: dict[str, npt.NDArray[np.float32]], rows: npt.NDArray[np.intp]
 ) -> list[str]:
     """The side on which each of `rows` lies above more of the trusted samples: too hard, or too easy."""
-    extremes = [_extremes(inputs, found[name], rows) for name in _CONFLICT_WORDS]
+    sides = [name for name in _CONFLICT_WORDS if name in found]  # runs of older versions have the first alone
+    extremes = [_extremes(inputs, found[name], rows) for name in sides]
     above = np.stack([high for high, _, _ in extremes])
-    words = list(_CONFLICT_WORDS.values())
+    words = [_CONFLICT_WORDS[name] for name in sides]
     return [
         _sentence(words[which], above[which, column], own)
         if above[which, column] >= 0.8
@@ -267,7 +268,9 @@ def group_reason(group: dict[str, Any]) -> str:
     return f"shares something in {where[group['signal']]} with about {others:,} others of its label"
 
 
-_NO_SINGLE_CONFLICT = "a second, augmented model believes its label less than most"
+_NO_SINGLE_CONFLICT = (
+    "how it was learned and what a second, augmented model makes of its label do not go together"
+)
 _NO_SINGLE_TRAIT = "no single trait stands out: its trajectory as a whole is unlike the trusted ones"
 
 

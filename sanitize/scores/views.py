@@ -34,15 +34,16 @@ rounding."""
 def pixels(inputs: ScoreInputs) -> Classes:
     """Pixels, whitened by the covariance that is left when classes are centred; D at most 3·32².
 
-    Twice: as they are, and as ``patterns``, each image with the same norm. Along a blended picture the first
-    have too little room between the trigger and the few most textured images; a few bright pixels are lost in
-    the second.
+    At 32 px twice: as they are, and as ``patterns``, each image with the same norm. Along a blended picture
+    the first have too little room between the trigger and the few most textured images; a few bright pixels
+    are lost in the second. At fewer pixels clean classes fall into patterns, too.
     """
     images = inputs.images()
     side = next((side for side in SIDES if 9 * side**2 <= len(inputs.class_id)), SIDES[-1])
     for rows, values in _whitened(lambda rows: _values(images, rows, side), inputs):
         yield "pixels", rows, values
-        yield "patterns", rows, _centred(_normed(values))
+        if side == SIDES[0]:
+            yield "patterns", rows, _centred(_normed(values))
 
 
 def activations(inputs: ScoreInputs) -> Classes:
@@ -134,8 +135,8 @@ def _profiles(
     very samples that carry it. The same norm, because else the few most textured images of a class are all
     its leading directions show (as in the spatial sign covariance of Locantore et al. 1999).
     """
-    samples = len(inputs.class_id)
-    some = take(np.arange(0, samples, -(-samples // _SCALE_SAMPLES)))
+    rng = np.random.default_rng([inputs.seed, 6])
+    some = take(np.sort(rng.permutation(len(inputs.class_id))[:_SCALE_SAMPLES]))
     middle = some.median(0).values
     size = 1.4826 * (some - middle).abs().median(0).values + floor
     for rows in _by_class(inputs.class_id):
