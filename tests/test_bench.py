@@ -328,7 +328,7 @@ def test_our_benchmarks_are_ones(path: Path) -> None:
     config = load_config(path)
     if path.stem == "judged-others":
         assert not set(config.attacks) & set(load_config(BENCHMARKS / "badloss7.toml").attacks)
-        assert len(config.seeds) == 3
+        assert len(config.seeds) >= 3
         return
     seven = path.stem.startswith("badloss7")
     assert len(config.attacks) == (7 if seven else 1)
