@@ -10,7 +10,8 @@ LABELS_OPEN = 3
 CLASSES_SHOWN = 40
 CHANCE = 0.05
 """Where a natural group holds so few trusted samples more often than this, they cannot tell."""
-VERY_CLEAR = 8.0
+VERY_CLEAR = {"frequencies": 10.0}
+"""Separation from which on; 5 in the other views."""
 """Separation from which fewer than one in a hundred lies nearer to the other side's mean."""
 
 _SIGNALS = {
@@ -58,7 +59,7 @@ def _attack_block(number: int, attack: Facts, sheet: Sheet | None, shown: dict[i
             f" A natural group of its size would hold as few with a chance of "
             f"{percent(attack['trusted_chance'])}: so few trusted samples cannot tell whether it is natural."
         )
-    clear = "very clearly" if attack["separation"] >= VERY_CLEAR else "clearly"
+    clear = "very clearly" if attack["separation"] >= VERY_CLEAR.get(attack["signal"], 5.0) else "clearly"
     flagged = "All" if attack["flagged"] == attack["samples"] else f"{attack['flagged']:,}"
     figures, strips = _sheet(sheet, label, shown) if sheet else ("", "")
     return (
