@@ -24,7 +24,6 @@ _STEPS = 4
 _PROCESS_BYTES = 1_150_000_000
 """Resident memory of PyTorch with a small network and its optimiser (docs/benchmarks.md)."""
 _CHECKPOINT_BYTES = 20_000_000
-_SEARCHED_FOR_GROUPS = ("combined", "class-mixtures")
 _GROUP_SECONDS = 0.0017
 """A sample on one core, in all views."""
 _GROUP_BYTES = 5 * 4 * 3 * 32**2
@@ -59,7 +58,7 @@ def estimate(config: ScanConfig, progress: Progress) -> dict[str, Any]:
     corpus_bytes = sum(shard["bytes"] for shard in index.shards if not shard["trusted"])
     setup, train_s = _train_s(config, usable, len(index.class_names), resolution)
     pixel_bytes = rows * resolution**2 * 3
-    searched = config.decision.method in _SEARCHED_FOR_GROUPS
+    searched = scores.searches_groups(config.decision.method)
     largest = max(pc.value_counts(index.table["label"]).field("counts").to_pylist()) if searched else 0
     groups_s = usable * _GROUP_SECONDS if searched else 0.0
     return {

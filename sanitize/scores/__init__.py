@@ -2,11 +2,12 @@
 
 A method is a module of this package with a function ``score(inputs: ScoreInputs) -> np.ndarray``, (N,)
 float32, higher = more suspicious, and, if its source removes a fixed share of the data, that share as the
-constant ``DEFAULT_REJECT``. ``SECOND_OPINION = True`` in it says that it asks for the second model's losses,
-which cost another training run. A module may have ``evidence(inputs) -> Evidence`` as well, which then
-gives the scores together with what they are made of. Its name on the command line is the module's with
-dashes for underscores, so adding a method is adding a file. Trusted samples must be scored as if they were
-not known to be trusted (left out, or out of fold): their scores are what a p-value is measured against.
+constant ``DEFAULT_REJECT``. ``SECOND_OPINION = True`` in it says that it asks for the second model's
+losses, which cost another training run, ``GROUPS = True`` that it looks for groups. A module may have
+``evidence(inputs) -> Evidence`` as well, which then gives the scores together with what they are made of.
+Its name on the command line is the module's with dashes for underscores, so adding a method is adding a
+file. Trusted samples must be scored as if they were not known to be trusted (left out, or out of fold):
+their scores are what a p-value is measured against.
 """
 
 from __future__ import annotations
@@ -137,6 +138,11 @@ def default_reject(method: str) -> float | None:
 def needs_second_opinion(method: str) -> bool:
     """Whether the method asks for the losses of the second model."""
     return bool(getattr(load(method), "SECOND_OPINION", False))
+
+
+def searches_groups(method: str) -> bool:
+    """Whether the method looks for groups in all views of the images."""
+    return bool(getattr(load(method), "GROUPS", False))
 
 
 def score(method: str, inputs: ScoreInputs) -> npt.NDArray[np.float32]:

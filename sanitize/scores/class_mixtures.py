@@ -9,17 +9,17 @@ import numpy as np
 import numpy.typing as npt
 
 from sanitize.scores import Evidence, Group, ScoreInputs, mahalanobis, views
-from sanitize.scores.features import early_log_loss
+from sanitize.scores.features import FOLDS, early_log_loss
 
 if TYPE_CHECKING:
     import torch
 
 Floats = npt.NDArray[np.float32]
 
+GROUPS = True
 VIEWS = (views.pixels, views.frequencies, views.contrasts, views.activations)
 DIRECTIONS = 12
 """Leading directions of a class in which a second population is looked for; one for every 40 samples."""
-FOLDS = 5
 STARTS = 6
 """Of them, those whose two ends begin a search."""
 SEPARATION = {"pixels": 3.0, "patterns": 2.7, "frequencies": 6.0, "contrasts": 3.0, "activations": 3.0}
@@ -29,7 +29,10 @@ few odd images are soon far from all others. Natural groups of clean CIFAR-10 cl
 100), in contrasts 4.6 (32 of 600), 4.3 (80 of 5,000) or 3.5 (160 of 5,000), and in patterns 4.1 (27 of 1,000)
 or 2.9 (216 of 5,000)."""
 SMALL = 50
+"""Added to the least separation in every view: this much over the number of members."""
 RARE = 0.03
+"""Added in contrasts and patterns: this much over the share of the class, as small natural groups are the
+rule there."""
 LEAST_SAMPLES = 100
 """Smaller classes are not looked at."""
 MIN_GROUP = 20

@@ -8,6 +8,7 @@ import numpy.typing as npt
 from sanitize.scores import Evidence, ScoreInputs, class_mixtures, label_conflict
 
 SECOND_OPINION = True
+GROUPS = True
 IN_A_GROUP = 30.0
 """What a member of a group scores at least: above every label conflict, which ends at the log of N."""
 

@@ -40,8 +40,8 @@ def pixels(inputs: ScoreInputs) -> Classes:
     """
     images = inputs.images()
     side = next((side for side in SIDES if 9 * side**2 <= len(inputs.class_id)), SIDES[-1])
-    for rows, values in _whitened(lambda rows: _values(images, rows, side), inputs):
-        yield "pixels", rows, values
+    for name, rows, values in _whitened("pixels", lambda rows: _values(images, rows, side), inputs):
+        yield name, rows, values
         if side == SIDES[0]:
             yield "patterns", rows, _centred(_normed(values))
 
@@ -53,8 +53,7 @@ def activations(inputs: ScoreInputs) -> Classes:
     for values in block_activations(inputs.network(), inputs.images()):
         # Pooled activations are skewed; their logarithm is not, and asinh also takes negative ones.
         compressed = torch.from_numpy(np.arcsinh(20 * values))
-        for rows, whitened in _whitened(compressed.__getitem__, inputs):
-            yield "activations", rows, whitened
+        yield from _whitened("activations", compressed.__getitem__, inputs)
 
 
 def frequencies(inputs: ScoreInputs) -> Classes:
@@ -63,8 +62,7 @@ def frequencies(inputs: ScoreInputs) -> Classes:
     Ordinary images have little at high frequencies, a blended pattern has much.
     """
     images = inputs.images()
-    for rows, values in _profiles(lambda rows: _values(images, rows, SIDES[0], _cosines), inputs, _ROUNDING):
-        yield "frequencies", rows, values
+    return _profiles("frequencies", lambda rows: _values(images, rows, SIDES[0], _cosines), inputs, _ROUNDING)
 
 
 def contrasts(inputs: ScoreInputs) -> Classes:
@@ -74,10 +72,9 @@ def contrasts(inputs: ScoreInputs) -> Classes:
     of a class is what a patch makes.
     """
     images = inputs.images()
-    for rows, values in _profiles(
-        lambda rows: _values(images, rows, SIDES[0], _edges), inputs, _ROUNDING**0.5
-    ):
-        yield "contrasts", rows, values
+    return _profiles(
+        "contrasts", lambda rows: _values(images, rows, SIDES[0], _edges), inputs, _ROUNDING**0.5
+    )
 
 
 def _cosines(part: torch.Tensor) -> torch.Tensor:
@@ -126,9 +123,7 @@ def _by_class(class_id: npt.NDArray[np.int32]) -> list[Rows]:
     return [rows for rows in np.split(order, np.cumsum(np.bincount(class_id))[:-1]) if len(rows)]
 
 
-def _profiles(
-    take: Callable[[Rows], torch.Tensor], inputs: ScoreInputs, floor: float
-) -> Iterator[tuple[Rows, torch.Tensor]]:
+def _profiles(name: str, take: Callable[[Rows], torch.Tensor], inputs: ScoreInputs, floor: float) -> Classes:
     """Class by class, each value in units of its usual size in the corpus, each image with the same norm.
 
     Usual sizes are medians, which poison cannot move far: a covariance is stretched along a trigger by the
@@ -140,12 +135,10 @@ def _profiles(
     middle = some.median(0).values
     size = 1.4826 * (some - middle).abs().median(0).values + floor
     for rows in _by_class(inputs.class_id):
-        yield rows, _centred(_normed((take(rows) - middle) / size))
+        yield name, rows, _centred(_normed((take(rows) - middle) / size))
 
 
-def _whitened(
-    take: Callable[[Rows], torch.Tensor], inputs: ScoreInputs
-) -> Iterator[tuple[Rows, torch.Tensor]]:
+def _whitened(name: str, take: Callable[[Rows], torch.Tensor], inputs: ScoreInputs) -> Classes:
     """Class by class, with the covariance that is left when classes are centred; `take` gives (n, D) rows."""
     import torch
 
@@ -162,7 +155,7 @@ def _whitened(
         return  # all images of a class are alike
     whitening = directions[:, usable] / (variance[usable] / (share * len(inputs.class_id))).sqrt()
     for rows in classes:
-        yield rows, _centred(take(rows)) @ whitening
+        yield name, rows, _centred(take(rows)) @ whitening
 
 
 def _normed(values: torch.Tensor) -> torch.Tensor:
