@@ -3,11 +3,13 @@
     python docs/benchmarks/checkpoint_defences.py repair models cifar10/train-trusted cifar10/test out \
         --methods pivotal-tuning,weight-decay,fine-pruning,nad,neural-cleanse --trusted 500
     python docs/benchmarks/checkpoint_defences.py inspect models cifar10/train-trusted cifar10/test out
+    python docs/benchmarks/checkpoint_defences.py floor models - cifar10/test out
     python docs/benchmarks/checkpoint_defences.py table models - - out
 
 The first N images of each class of the trusted shards are used, so that a smaller trusted set is part of a
-larger one. Accuracy and attack success are measured on test images that no defence has seen. What is there is
-not measured again; two processes may share the work by --part 0/2 and --part 1/2.
+larger one. Accuracy and attack success are measured on test images that no defence has seen. The floor is how
+often models that were never poisoned call the stamped test images the target. What is there is not measured
+again; two processes may share the work by --part 0/2 and --part 1/2.
 """
 
 import argparse
@@ -37,11 +39,13 @@ from sanitize.rundir import write_atomic
 CLASSES = [str(number) for number in range(10)]
 LEARNED = 0.5
 """Attack success from which on a model counts as backdoored."""
+FLOOR_MODELS = 5
+"""Clean models that a floor is the mean of."""
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("what", choices=["repair", "inspect", "table"])
+    parser.add_argument("what", choices=["repair", "inspect", "floor", "table"])
     parser.add_argument("models", type=Path)
     parser.add_argument("trusted_shards")
     parser.add_argument("test_shards")
@@ -51,9 +55,13 @@ def main():
     parser.add_argument("--part", default="0/1")
     asked = parser.parse_args()
     if asked.what == "table":
-        print(repair_table(asked.out), detection_table(asked.out), sep="\n\n")
+        cells = read_cells(asked.out / "inspect")
+        print(repair_table(asked.out), detection_table(cells), left_out_table(cells), sep="\n\n")
         return
     facts = [json.loads(path.read_text()) for path in sorted(asked.models.glob("*.json"))]
+    if asked.what == "floor":
+        measure_floors(facts, asked.models, read(asked.test_shards), asked.out / "floor.json")
+        return
     methods = asked.methods.split(",") if asked.what == "repair" else ["all"]
     own, parts = (int(number) for number in asked.part.split("/"))
     cells = list(itertools.product(facts, methods, asked.trusted.split(",")))[own::parts]
@@ -113,62 +121,100 @@ def repaired(classifier, model, method, trusted, test, folder):
 
 def judged(classifier, model, test, folder):
     """Clean accuracy, and success at the strength that works best on the model as it was."""
-    facts = {"clean_accuracy": clean_accuracy(predict(classifier, test), test.class_id)}
+    accuracy = clean_accuracy(predict(classifier, test), test.class_id)
+    return {"clean_accuracy": accuracy, **success([classifier], model, test, folder)}
+
+
+def success(classifiers, model, test, folder):
+    """Mean over classifiers of how often they call test images with a model's trigger its target."""
     attack = "badnets" if model["attack"] == "parameter-controlled" else model["attack"]
     trigger = load_trigger(folder / "triggers" / model["name"], attack).trigger
+    facts = {}
     for strength in get(attack).test_strengths:
         stamped = stamp(attack, to_float(test.pixels), strength=strength, seed=model["seed"], trigger=trigger)
         images = TrustedImages(pixels=from_float(stamped), class_id=test.class_id)
-        facts[f"asr_x{strength:g}"] = attack_success_rate(
-            predict(classifier, images), test.class_id, model["target"]
+        facts[f"asr_x{strength:g}"] = statistics.mean(
+            attack_success_rate(predict(one, images), test.class_id, model["target"]) for one in classifiers
         )
     return facts
 
 
-def inspected(classifier, trusted):
-    from sanitize.checkpoints.inspect import InspectConfig, inspect_classifier
+def measure_floors(facts, folder, test, path):
+    """Every trigger on the clean models, into one JSON file: model -> rates by strength."""
+    clean = [load(model, folder) for model in facts if model["attack"] == "clean"][:FLOOR_MODELS]
+    bad = [model for model in facts if model["attack"] != "clean"]
+    found = {model["name"]: success(clean, model, test, folder) for model in bad}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, json.dumps(found, indent=1).encode())
 
-    began = time.monotonic()
-    found = inspect_classifier(classifier, trusted, InspectConfig(), for_stderr())
+
+def inspected(classifier, trusted):
+    """Scores of every method and of every class; quick statistics come with each."""
+    from sanitize.checkpoints.inspect import METHODS, InspectConfig, inspect_classifier
+
+    found, seconds = {}, {}
+    for method in METHODS:
+        began = time.monotonic()
+        result = inspect_classifier(classifier, trusted, InspectConfig(method=method), for_stderr())
+        seconds[method] = round(time.monotonic() - began, 1)
+        found |= result.class_scores
     return {
-        "seconds": round(time.monotonic() - began, 1),
-        "scores": {name: float(value) for name, value in found.scores.items()},
-        "target": found.verdict.suspected,
+        "seconds": seconds,
+        "scores": {name: float(np.nanmax(values)) for name, values in found.items()},
+        "highest": {name: int(np.nanargmax(values)) for name, values in found.items()},
+        "class_scores": {name: values.tolist() for name, values in found.items()},
     }
 
 
-def best_asr(facts):
-    return max(value for name, value in facts.items() if name.startswith("asr"))
+def read_cells(folder):
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
+def best(facts):
+    """The strength at which an attack works best on the model as it was."""
+    return max((name for name in facts if name.startswith("asr")), key=facts.get)
+
+
+def learned(model):
+    return model["attack"] != "clean" and model[best(model)] >= LEARNED
 
 
 def repair_table(out):
-    """Attack success after the repair and accuracy lost, percent; mean and worst over the models."""
-    cells = [json.loads(path.read_text()) for path in sorted((out / "repair").glob("*.json"))]
-    lines = ["| attack | models | method | trusted | before | after | accuracy lost |", "|---" * 7 + "|"]
+    """Attack success after the repair and accuracy lost, percent; mean and range over the models."""
+    cells = [cell for cell in read_cells(out / "repair") if learned(cell["model"])]
+    if not cells:
+        return ""
+    floors = json.loads((out / "floor.json").read_text())
+    head = ["attack", "models", "method", "trusted", "floor", "before", "after", "accuracy lost", "kept", "s"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     groups = itertools.groupby(
-        sorted(cells, key=order), key=lambda cell: (cell["model"]["attack"], cell["method"], cell["trusted"])
+        sorted(cells, key=order), key=lambda cell: (cell["method"], cell["trusted"], cell["model"]["attack"])
     )
-    for (attack, method, trusted), group in groups:
-        own = [cell for cell in group if best_asr(cell["before"]) >= LEARNED]
-        if own:
-            before = spread([best_asr(cell["before"]) for cell in own])
-            after = spread([best_asr(cell["after"]) for cell in own])
-            lost = spread([c["before"]["clean_accuracy"] - c["after"]["clean_accuracy"] for c in own])
-            lines.append(f"| {attack} | {len(own)} | `{method}` | {trusted} | {before} | {after} | {lost} |")
+    for (method, trusted, attack), group in groups:
+        own = list(group)
+        strengths = [best(cell["model"]) for cell in own]
+        rates = [
+            spread([floors[cell["model"]["name"]][at] for cell, at in zip(own, strengths, strict=True)]),
+            *(
+                spread([cell[when][at] for cell, at in zip(own, strengths, strict=True)])
+                for when in ("before", "after")
+            ),
+            spread([c["before"]["clean_accuracy"] - c["after"]["clean_accuracy"] for c in own]),
+        ]
+        kept = sum(cell["facts"]["repaired"] for cell in own)
+        seconds = statistics.median(cell["seconds"] for cell in own)
+        row = [attack, len(own), f"`{method}`", trusted, *rates, f"{kept} of {len(own)}", f"{seconds:.0f}"]
+        lines.append(f"| {' | '.join(str(value) for value in row)} |")
     return "\n".join(lines)
 
 
 def order(cell):
-    return cell["model"]["attack"], cell["method"], cell["trusted"], cell["model"]["seed"]
+    return cell["method"], cell["trusted"], cell["model"]["attack"], cell["model"]["seed"]
 
 
-def detection_table(out):
+def detection_table(cells):
     """AUC of every score, backdoored models against clean ones, by attack and over all."""
-    cells = [json.loads(path.read_text()) for path in sorted((out / "inspect").glob("*.json"))]
-    clean = [cell for cell in cells if cell["model"]["attack"] == "clean"]
-    bad = [
-        cell for cell in cells if cell["model"]["attack"] != "clean" and best_asr(cell["model"]) >= LEARNED
-    ]
+    clean, bad = clean_and_bad(cells)
     if not clean or not bad:
         return ""
     attacks = sorted({cell["model"]["attack"] for cell in bad})
@@ -183,6 +229,53 @@ def detection_table(out):
         columns += [auc(score, [c for c in bad if c["model"]["attack"] == name], clean) for name in attacks]
         lines.append(f"| {score} | {' | '.join(f'{value:.2f}' for value in columns)} |")
     return "\n".join(lines)
+
+
+def left_out_table(cells):
+    """Rates at thresholds set without an attack's models and without half of the clean ones.
+
+    The threshold is the one of the best balanced accuracy on the other attacks' models and on every second
+    clean model, half way to the next score below; it is judged on the attack's models and on the other clean
+    ones, and the halves change places.
+    """
+    clean, bad = clean_and_bad(cells)
+    if len(clean) < 4 or not bad:
+        return ""
+    attacks = sorted({cell["model"]["attack"] for cell in bad})
+    lines = [
+        "Thresholds set without the attack (share of its models found) and without half of the clean models:",
+        "",
+        f"| score | clean called backdoored | found, all | {' | '.join(attacks)} |",
+        "|---" * (3 + len(attacks)) + "|",
+    ]
+    for score in clean[0]["scores"]:
+        found, false = {name: [] for name in attacks}, []
+        for name, half in itertools.product(attacks, (0, 1)):
+            value = threshold(
+                [c["scores"][score] for c in bad if c["model"]["attack"] != name],
+                [c["scores"][score] for c in clean[half::2]],
+            )
+            found[name] += [c["scores"][score] > value for c in bad if c["model"]["attack"] == name]
+            false += [c["scores"][score] > value for c in clean[1 - half :: 2]]
+        rates = [false, list(itertools.chain(*found.values())), *found.values()]
+        lines.append(f"| {score} | {' | '.join(f'{statistics.mean(rate):.2f}' for rate in rates)} |")
+    return "\n".join(lines)
+
+
+def threshold(bad, clean):
+    """Of the best balanced accuracy; the highest such, half way to the next score below it."""
+    scores = np.array([*bad, *clean])
+    sign = np.array([1 / max(len(bad), 1)] * len(bad) + [-1 / len(clean)] * len(clean))
+    order = np.argsort(-scores, kind="stable")
+    gain = np.cumsum(sign[order])
+    place = int(np.argmax(gain))
+    below = scores[order[place + 1]] if place + 1 < len(order) else scores[order[place]] - 1
+    return (scores[order[place]] + below) / 2
+
+
+def clean_and_bad(cells):
+    clean = [cell for cell in cells if cell["model"]["attack"] == "clean"]
+    return clean, [cell for cell in cells if learned(cell["model"])]
 
 
 def auc(score, bad, clean):

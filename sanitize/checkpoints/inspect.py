@@ -28,6 +28,7 @@ from sanitize.checkpoints.trigger_inversion import (
 )
 from sanitize.checkpoints.trusted import TrustedImages, split
 from sanitize.checkpoints.tuning import Schedule, Task, accuracy, tune
+from sanitize.checkpoints.universal_changes import comparable_changes, steps_of
 from sanitize.config import _require
 from sanitize.errors import InputError, UsageError
 from sanitize.progress import Progress, Silent
@@ -35,7 +36,8 @@ from sanitize.progress import Progress, Silent
 Scores = npt.NDArray[np.float64]
 
 METHODS = {
-    "combined": ("mask-size", "calibrated"),
+    "combined": ("mask-size", "universal"),
+    "universal-changes": ("universal",),
     "calibrated-trigger-inversion": ("calibrated",),
     "neural-cleanse": ("neural-cleanse",),
     "quick": ("margin", "head"),
@@ -52,7 +54,7 @@ FEWEST_CLASSES = 5
 """Below this many, "unlike the other classes" means little."""
 WORKS = 0.5
 """Share of held-out images that a mask has to turn to count by its size."""
-COMPARING = ("combined", "neural-cleanse")
+COMPARING = ("combined", "universal-changes", "neural-cleanse")
 """Methods that judge a rebuilt trigger by those of the other classes."""
 
 
@@ -71,6 +73,10 @@ THRESHOLDS = {
         value=0.64,
         calibration="set half way between two clean and two backdoored small networks on CIFAR-10 (patches); "
         + NOT_CALIBRATED,
+    ),
+    "universal-changes": Threshold(
+        value=1.7,
+        calibration=f"set between clean and backdoored small networks on CIFAR-10; {NOT_CALIBRATED}",
     ),
     "calibrated-trigger-inversion": Threshold(
         value=0.7,
@@ -186,7 +192,7 @@ def inspect_classifier(
             triggers, repaired_accuracy = _rebuilt(
                 classifier, work, held_out, classes, config, seconds, progress
             )
-            found |= _anomalies(triggers, classifier.classes)
+            found |= _anomalies(triggers, classifier.classes, len(held_out))
     class_scores = found | {
         method: combine(found, method) for method, parts in METHODS.items() if set(parts) <= found.keys()
     }
@@ -242,6 +248,12 @@ def _rebuilt(
             triggers["neural-cleanse"] = masked_triggers(
                 classifier, work, held_out, classes, config.inversion, config.seed, advance
             )
+    if "universal" in wanted:
+        total = steps_of(len(classes))
+        with _timed(seconds, "universal"), progress.stage("changes", total, "steps") as advance:
+            triggers["universal"] = comparable_changes(
+                classifier, work, held_out, classes, config.seed, advance
+            )
     if "calibrated" in wanted:
         with _timed(seconds, "repair"):
             repaired = _repaired(classifier, work, held_out, config, progress)
@@ -267,12 +279,15 @@ def _repaired(
     return tune(classifier, started, schedule, task, progress).model
 
 
-def _anomalies(triggers: dict[str, Triggers], classes: int) -> dict[str, Scores]:
+def _anomalies(triggers: dict[str, Triggers], classes: int, images: int) -> dict[str, Scores]:
     """(C,) statistics of rebuilt triggers, NaN for classes that none was rebuilt for.
 
     ``neural-cleanse``: the anomaly index of Wang et al., by `robust_z` of the mask's size below the median.
     ``mask-size``: how many times smaller than the median mask, as log2. The index divides by the spread of
     ten or so sizes; where these happen to agree, the class with the easiest natural trigger is an outlier.
+
+    ``universal``: log-odds of the success of a change of the common norm, less their median; a success that
+    is none or all of the `images` counts as half an image off that.
 
     ``calibrated``: success on the model minus success on the repaired copy, in [-1, 1]. The source is
     ambiguous here: algorithm 4, line 13, subtracts the accuracy that the repaired model keeps, which would
@@ -285,6 +300,11 @@ def _anomalies(triggers: dict[str, Triggers], classes: int) -> dict[str, Scores]
             size = made.mask.sum(axis=(1, 2, 3), dtype=np.float64) + 1e-9
             size[made.success < WORKS] = made.mask[0].size  # a mask that turns no images is not a small one
             own = {"neural-cleanse": robust_z(-size), "mask-size": np.log2(np.median(size) / size)}
+        elif name == "universal":
+            bound = 0.5 / images
+            rate = np.clip(made.success.astype(np.float64), bound, 1 - bound)
+            log_odds = np.log(rate / (1 - rate))
+            own = {"universal": log_odds - np.nanmedian(log_odds)}
         else:
             assert made.repaired_success is not None
             own = {"calibrated": (made.success - made.repaired_success).astype(np.float64)}

@@ -11,8 +11,10 @@ import torch
 from torch.nn import functional
 
 from sanitize.checkpoints.classifier import Classifier
+from sanitize.checkpoints.trigger_inversion import evaluate
 from sanitize.checkpoints.trusted import TrustedImages, to_pixels
 from sanitize.checkpoints.tuning import Schedule, Started, batch_rows
+from sanitize.checkpoints.universal_changes import draw_others, first_changes, search
 from sanitize.dynamics.proxy import seeded
 from sanitize.progress import Progress
 
@@ -57,22 +59,25 @@ def start(
     pivot = classifier.clone().requires_grad_(False)
     device = classifier.mean.device
     side = work.pixels.shape[1]
-    generator = torch.Generator().manual_seed(seed)
-    changes = (torch.randn(classifier.classes, 3, side, side, generator=generator) * 0.01).to(device)
+    norm = settings.radius * (3 * side * side) ** 0.5
+    classes = torch.arange(classifier.classes, device=device)
+    changes = first_changes(classifier.classes, side, seed, device)
     uniform = torch.ones(classifier.classes, device=device)
     for step in range(settings.search_steps):
         rows = batch_rows(len(work), settings.schedule.batch, seed, step)
         labels = torch.from_numpy(work.class_id[rows]).to(device)
         with seeded(device, seed + step):
-            _search(pivot, changes, to_pixels(work.pixels[rows], device), labels, uniform, settings.radius)
-    chances = _success(pivot, changes, work).pow(settings.focus) + 1e-6
+            search(pivot, changes, classes, to_pixels(work.pixels[rows], device), labels, uniform, norm)
+    no_mask = torch.zeros_like(changes[:, :1])
+    success, _ = evaluate(pivot, work, range(classifier.classes), no_mask, changes, added=True)
+    chances = torch.from_numpy(success).to(device).nan_to_num().pow(settings.focus) + 1e-6
 
     def loss(model: Classifier, pixels: torch.Tensor, labels: torch.Tensor, step: int) -> torch.Tensor:
         moved = augment(pixels, settings.shift)
-        _search(model, changes, moved, labels, chances, settings.radius)
+        search(model, changes, classes, moved, labels, chances, norm)
         with torch.no_grad():
             answers = pivot(moved).softmax(1)
-        changed = (moved + changes[other_classes(labels, chances)]).clamp(0, 1)
+        changed = (moved + changes[draw_others(labels, classes, chances)]).clamp(0, 1)
         # one pass for both, so that batch norm sees what it will see at either
         clean, under_change = model(torch.cat([moved, changed])).log_softmax(1).chunk(2)
         return settings.clean_weight * functional.kl_div(
@@ -80,54 +85,6 @@ def start(
         ) + settings.changed_weight * functional.kl_div(under_change, answers, reduction="batchmean")
 
     return Started(classifier.clone(), loss, [changes])
-
-
-def _search(
-    model: Classifier,
-    changes: torch.Tensor,
-    pixels: torch.Tensor,
-    labels: torch.Tensor,
-    chances: torch.Tensor,
-    radius: float,
-) -> None:
-    """One step of each (C, 3, R, R) change towards its class, a sixth of the radius long, in place."""
-    training = model.training
-    model.eval()
-    wanted = other_classes(labels, chances)
-    trial = changes.clone().requires_grad_()
-    loss = functional.cross_entropy(model((pixels + trial[wanted]).clamp(0, 1)), wanted, reduction="sum")
-    (gradient,) = torch.autograd.grad(loss, trial)
-    longest = radius * trial[0].numel() ** 0.5
-    changes -= longest / 6 * gradient / _norms(gradient)
-    changes *= (longest / _norms(changes)).clamp(max=1)
-    model.train(training)
-
-
-def _norms(images: torch.Tensor) -> torch.Tensor:
-    norms: torch.Tensor = images.flatten(1).norm(dim=1)
-    return norms.clamp(min=1e-12).view(-1, 1, 1, 1)
-
-
-def _success(pivot: Classifier, changes: torch.Tensor, work: TrustedImages) -> torch.Tensor:
-    """(C,) share of the trusted images of other classes that each change turns into its class."""
-    pixels = to_pixels(work.pixels, changes.device)
-    labels = torch.from_numpy(work.class_id).to(changes.device)
-    found = []
-    with torch.no_grad():
-        for class_id, change in enumerate(changes):
-            others = pixels[labels != class_id]
-            called = torch.cat(
-                [pivot((some + change).clamp(0, 1)).argmax(1) for some in torch.split(others, 512)]
-            )
-            found.append((called == class_id).float().mean())
-    return torch.stack(found)
-
-
-def other_classes(labels: torch.Tensor, chances: torch.Tensor) -> torch.Tensor:
-    """(B,) for each image a class that is not its own, drawn by the (C,) chances."""
-    weights = chances.repeat(len(labels), 1)
-    weights.scatter_(1, labels.unsqueeze(1), 0.0)
-    return torch.multinomial(weights, 1).squeeze(1)
 
 
 def augment(pixels: torch.Tensor, shift: int) -> torch.Tensor:

@@ -108,7 +108,7 @@ def calibrated_triggers(
     no_mask = torch.zeros(len(pattern), 1, *pattern.shape[2:], device=device)
     success, _ = evaluate(pivot, held_out, classes, no_mask, pattern, added=True)
     repaired_success, kept = evaluate(repaired, held_out, classes, no_mask, pattern, added=True)
-    return _triggers(classes, no_mask, pattern, success, repaired_success, kept)
+    return triggers_of(classes, no_mask, pattern, success, repaired_success, kept)
 
 
 def _invert(
@@ -187,7 +187,7 @@ def masked_triggers(
             patterns.append(pattern)
     mask, pattern = torch.cat(masks), torch.cat(patterns)
     success, _ = evaluate(model, held_out, classes, mask, pattern, added=False)
-    return _triggers(classes, mask, pattern, success, None, None)
+    return triggers_of(classes, mask, pattern, success)
 
 
 def evaluate(
@@ -239,14 +239,15 @@ def predict(
     return np.concatenate(found)
 
 
-def _triggers(
+def triggers_of(
     classes: Sequence[int],
     mask: torch.Tensor,
     pattern: torch.Tensor,
     success: npt.NDArray[np.float32],
-    repaired_success: npt.NDArray[np.float32] | None,
-    kept: npt.NDArray[np.float32] | None,
+    repaired_success: npt.NDArray[np.float32] | None = None,
+    kept: npt.NDArray[np.float32] | None = None,
 ) -> Triggers:
+    """Triggers from (K, 1, R, R) masks and (K, 3, R, R) patterns on any device."""
     return Triggers(
         classes=np.asarray(classes, np.int64),
         mask=mask.permute(0, 2, 3, 1).float().cpu().numpy(),

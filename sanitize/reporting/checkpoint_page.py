@@ -25,6 +25,7 @@ SHOWN_SIDE = 96
 """Largest side of a picture; larger ones are shrunk."""
 
 NAMES = {
+    "universal": "universal change",
     "calibrated": "calibrated trigger inversion",
     "neural-cleanse": "Neural Cleanse",
     "mask-size": "size of the mask",
@@ -32,6 +33,8 @@ NAMES = {
     "head": "rows of the last layer",
 }
 MEANING = {
+    "universal": "How much more often one small added picture turns held-out images into the class than "
+    "one of the same norm does for the median class, in log-odds: 2.2 is 80 % where the median is 30 %.",
     "calibrated": "Share of held-out trusted images that one added picture turns into the class, minus the "
     "same share for a repaired copy of the model.",
     "neural-cleanse": "How much smaller a mask turns trusted images into the class than into the "
