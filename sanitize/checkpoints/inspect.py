@@ -45,9 +45,11 @@ METHODS = {
 """What ``--method`` takes, and the statistics that each one averages; the first is the default."""
 _FROM_MASKS = {"neural-cleanse", "mask-size"}
 """Statistics of the masks and patterns of Neural Cleanse."""
-REPAIR_RATE, REPAIR_MEASURE, REPAIR_ACCURACY_LOSS = 0.003, 10, 0.1
+REPAIR_RATE = 0.003
 """Of the internal repair. At the published rate, 0.01, a small network lost 5 points in 25 steps. A copy by
 Pivotal Unlearning resists universal changes: every class then has a trigger that works on the model alone."""
+REPAIR_WEAK = 0.1
+"""Accuracy lost in the internal repair from which on the report calls the comparison weak."""
 LONG_S = 60.0
 """From this many seconds on, the cost is stated before triggers are rebuilt."""
 FEWEST_CLASSES = 5
@@ -273,8 +275,11 @@ def _repaired(
     progress: Progress,
 ) -> Classifier:
     """A copy after a short Pivotal Tuning: it shares the model's weaknesses, backdoors are weakened."""
-    schedule = Schedule(steps=config.repair_steps, learning_rate=REPAIR_RATE, measure_every=REPAIR_MEASURE)
-    task = Task(work=work, held_out=held_out, max_accuracy_loss=REPAIR_ACCURACY_LOSS, seed=config.seed)
+    schedule = Schedule(
+        steps=config.repair_steps, learning_rate=REPAIR_RATE, measure_every=config.repair_steps
+    )
+    # whatever it costs: the copy is only compared with, and accuracy dips at first and comes back
+    task = Task(work=work, held_out=held_out, max_accuracy_loss=1.0, seed=config.seed)
     started = start(classifier, work, Settings(schedule=schedule), config.seed, progress)
     return tune(classifier, started, schedule, task, progress).model
 
@@ -413,12 +418,9 @@ def _notes(
     made = triggers.get("calibrated")
     on_copy = None if made is None else made.repaired_success
     if made is not None and on_copy is not None and np.array_equal(made.success, on_copy, equal_nan=True):
-        notes.append(
-            "The internal repair changed no answer, or found no copy within "
-            f"{REPAIR_ACCURACY_LOSS:.0%} of accuracy: calibrated trigger inversion says nothing then."
-        )
+        notes.append("The internal repair changed no answer: calibrated trigger inversion says nothing then.")
     lost = (model_accuracy or 0.0) - (repaired_accuracy or 0.0) if repaired_accuracy is not None else 0.0
-    if lost > REPAIR_ACCURACY_LOSS:
+    if lost > REPAIR_WEAK:
         notes.append(
             f"The internal repair cost {lost:.1%} of accuracy, so the comparison with the repaired copy is "
             "weak."
