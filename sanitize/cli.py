@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 METHODS = ", ".join(methods())
 REPAIRS = "pivotal-tuning, pivotal-unlearning, weight-decay, fine-pruning, nad, neural-cleanse"
 """Of sanitize.checkpoints.repair, which loads torch."""
-INSPECT_METHODS = "combined, calibrated-trigger-inversion, neural-cleanse or quick"
+INSPECT_METHODS = "combined, universal-changes, calibrated-trigger-inversion, neural-cleanse or quick"
 
 
 class _Group(TyperGroup):

@@ -200,6 +200,7 @@ def test_the_report_is_one_page_and_escapes_what_strangers_wrote(tmp_path: Path)
     assert facts["verdict"]["suspected"] == TARGET
     assert len(facts["classes"]) == CLASSES
     assert {row["class_id"] for row in facts["triggers"]["universal"]} == set(range(CLASSES))
+    assert "times stronger" in page.text, "what is added is too faint to see"
     assert page.text.index("How sure") < page.text.index("Rebuilt trigger") < page.text.index("cannot tell")
 
 

@@ -272,11 +272,14 @@ def _picture(
         torch.from_numpy(values[place]).permute(2, 0, 1) for values in (triggers.mask, triggers.pattern)
     )
     grey = torch.full((1, *pattern.shape), 0.5)
+    # what is added is often too faint to see
+    magnified = max(1, int(0.5 / max(float(pattern.abs().max()), 1e-3))) if added else 1
     stamped = stamp(to_pixels(before, torch.device("cpu")), mask, pattern, added)
     after = _images(stamped)
     return TriggerPictures(
         statistic=name,
-        trigger=_images(stamp(grey, mask, pattern, added))[0],
+        trigger=_images(stamp(grey, mask, magnified * pattern, added))[0],
+        magnified=magnified,
         before=before,
         after=after,
         called=[classifier.label(int(class_id)) for class_id in predict(classifier, after)],

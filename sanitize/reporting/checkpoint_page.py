@@ -79,9 +79,11 @@ class TriggerPictures:
     """A rebuilt trigger of the suspected class."""
 
     statistic: str
-    """``calibrated`` or ``neural-cleanse``."""
+    """``universal``, ``calibrated`` or ``neural-cleanse``."""
     trigger: Pixels
     """(R, R, 3) on mid grey."""
+    magnified: int
+    """How many times stronger it is there than on the images."""
     before: Pixels
     """(N, R, R, 3) trusted images."""
     after: Pixels
@@ -158,11 +160,13 @@ def _trigger(picture: TriggerPictures) -> str:
         if picture.repaired_success is None
         else f", and of {percent(picture.repaired_success)} for the repaired copy"
     )
+    times = f", {picture.magnified} times stronger" if picture.magnified > 1 else ""
     return (
         f'<div class="label-block"><h3>{NAMES[picture.statistic]}</h3><p>It changes the answer for '
         f"{percent(picture.success)} of the held-out images of other classes{repaired}.</p>"
         f'<div class="evidence"><figure><img alt="rebuilt trigger on grey" src="{png(picture.trigger)}">'
-        f'<figcaption>the trigger, on grey</figcaption></figure><ul class="strip">{pairs}</ul></div></div>'
+        f"<figcaption>the trigger, on grey{times}</figcaption></figure>"
+        f'<ul class="strip">{pairs}</ul></div></div>'
     )
 
 
