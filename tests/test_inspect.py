@@ -13,7 +13,7 @@ from report_page import Page
 from torch import nn
 
 from sanitize.checkpoints import inspect as inspect_module
-from sanitize.checkpoints.audit import audit
+from sanitize.checkpoints.audit import _picture, audit
 from sanitize.checkpoints.classifier import Classifier
 from sanitize.checkpoints.inspect import InspectConfig, inspect_classifier, parse_classes
 from sanitize.checkpoints.quick_statistics import head_indicators, largest_margins, robust_z
@@ -200,8 +200,23 @@ def test_the_report_is_one_page_and_escapes_what_strangers_wrote(tmp_path: Path)
     assert facts["verdict"]["suspected"] == TARGET
     assert len(facts["classes"]) == CLASSES
     assert {row["class_id"] for row in facts["triggers"]["universal"]} == set(range(CLASSES))
-    assert "times stronger" in page.text, "what is added is too faint to see"
     assert page.text.index("How sure") < page.text.index("Rebuilt trigger") < page.text.index("cannot tell")
+
+
+def test_a_faint_added_trigger_is_shown_stronger_and_a_mask_as_it_is() -> None:
+    pattern = np.full((1, SIDE, SIDE, 3), 0.02, np.float32)
+    faint = Triggers(
+        classes=np.array([TARGET]),
+        mask=np.zeros((1, SIDE, SIDE, 1), np.float32),
+        pattern=pattern,
+        success=np.ones(1, np.float32),
+    )
+    shown = _picture("universal", faint, 0, images().pixels[:2], model())
+    assert shown.magnified == 25
+    assert shown.trigger.min() == 255
+    assert (shown.after.astype(int) - shown.before).max() <= 5
+    masked = replace(faint, mask=np.ones((1, SIDE, SIDE, 1), np.float32))
+    assert _picture("neural-cleanse", masked, 0, images().pixels[:2], model()).magnified == 1
 
 
 def test_a_quick_report_without_images(tmp_path: Path) -> None:
