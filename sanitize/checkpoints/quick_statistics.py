@@ -11,7 +11,8 @@ import numpy.typing as npt
 import torch
 
 from sanitize.checkpoints.classifier import Classifier
-from sanitize.checkpoints.trigger_inversion import CPU_PIXELS, Advance, fast, frozen
+from sanitize.checkpoints.trigger_inversion import CPU_PIXELS, Advance, frozen
+from sanitize.scores.network import fast
 
 Scores = npt.NDArray[np.float64]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from sanitize.checkpoints.classifier import Classifier
 from sanitize.checkpoints.trusted import TrustedImages, to_pixels
+from sanitize.scores.network import fast
 from sanitize.scores.neural_cleanse import rebuild
 
 Advance = Callable[[int], None]
@@ -329,14 +330,3 @@ def frozen(model: Classifier) -> Iterator[None]:
         model.train(training)
         for parameter, asked in zip(model.parameters(), wanted, strict=True):
             parameter.requires_grad_(asked)
-
-
-def fast(device: torch.device) -> AbstractContextManager[None]:
-    """bfloat16 where the processor multiplies it faster than float32."""
-    if device.type == "cuda":
-        able = torch.cuda.is_bf16_supported()
-    else:
-        capabilities = torch.cpu.get_capabilities()
-        able = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-    found: AbstractContextManager[None] = torch.autocast(device.type, dtype=torch.bfloat16, enabled=able)
-    return found

@@ -13,7 +13,6 @@ from sanitize.checkpoints.trigger_inversion import (
     Advance,
     Triggers,
     evaluate,
-    fast,
     frozen,
     pixels_at_once,
     triggers_of,
@@ -21,6 +20,7 @@ from sanitize.checkpoints.trigger_inversion import (
 from sanitize.checkpoints.trusted import TrustedImages, to_pixels
 from sanitize.checkpoints.tuning import batch_rows
 from sanitize.dynamics.proxy import seeded
+from sanitize.scores.network import fast
 
 BATCH = 128
 STEPS_A_CLASS = 3

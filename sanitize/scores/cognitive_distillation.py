@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sanitize.scores import ScoreInputs
-from sanitize.scores.network import batches
+from sanitize.scores.network import batches, fast
 
 if TYPE_CHECKING:
     import torch
@@ -26,8 +26,8 @@ SMOOTHNESS_WEIGHT = 1.0
 def score(inputs: ScoreInputs) -> npt.NDArray[np.float32]:
     """Minus the mean of the smallest mask under which the proxy's logits stay; a trigger needs a small one.
 
-    A hundred forward and backward passes a sample: about 15 images a second on one CPU core with the small
-    proxy at 32 px, so that 50,000 take an hour.
+    A hundred forward and backward passes a sample: about 37 images a second on one CPU core with the small
+    proxy at 32 px, so that 50,000 take 23 minutes.
 
     Returns:
         (N,) float32 in [-1, 0]; higher = more suspicious.
@@ -40,7 +40,8 @@ def score(inputs: ScoreInputs) -> npt.NDArray[np.float32]:
     scores = np.empty(len(inputs.class_id), np.float32)
     generator = torch.Generator().manual_seed(inputs.seed)
     for rows, images in batches(network, inputs.images()):
-        scores[rows] = -mask_sizes(network, images, generator).cpu().numpy()
+        with fast(images.device):
+            scores[rows] = -mask_sizes(network, images, generator).cpu().numpy()
     return scores
 
 
@@ -61,7 +62,7 @@ def mask_sizes(network: nn.Module, images: torch.Tensor, generator: torch.Genera
         mask = (torch.tanh(raw) + 1) / 2
         fill = torch.rand(len(images), 3, 1, 1, generator=generator).to(images.device)
         found = network(images * mask + (1 - mask) * fill)
-        difference = (found - wanted).abs().mean(dim=1)
+        difference = (found - wanted).float().abs().mean(dim=1)
         loss = difference + MASK_WEIGHT * mask.sum(dim=(1, 2, 3)) + SMOOTHNESS_WEIGHT * roughness(mask)
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss.sum())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +21,19 @@ BATCH = 256
 def device_of(network: nn.Module) -> torch.device:
     """Where its parameters and buffers are."""
     return next(iter([*network.parameters(), *network.buffers()])).device
+
+
+def fast(device: torch.device) -> AbstractContextManager[None]:
+    """bfloat16 where the processor multiplies it faster than float32."""
+    import torch
+
+    if device.type == "cuda":
+        able = torch.cuda.is_bf16_supported()
+    else:
+        capabilities = torch.cpu.get_capabilities()
+        able = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    found: AbstractContextManager[None] = torch.autocast(device.type, dtype=torch.bfloat16, enabled=able)
+    return found
 
 
 def batches(network: nn.Module, images: npt.NDArray[np.uint8]) -> Iterator[tuple[slice, torch.Tensor]]:
