@@ -40,7 +40,7 @@ METHODS = {
     "universal-changes": ("universal",),
     "calibrated-trigger-inversion": ("calibrated",),
     "neural-cleanse": ("neural-cleanse",),
-    "quick": ("margin", "head"),
+    "quick": ("margin",),
 }
 """What ``--method`` takes, and the statistics that each one averages; the first is the default."""
 _FROM_MASKS = {"neural-cleanse", "mask-size"}
@@ -69,30 +69,17 @@ class Threshold:
     """On which models it was set, in a sentence for the report."""
 
 
-NOT_CALIBRATED = "not calibrated on models like yours"
+_ZOO = "{} ten clean and eight backdoored small networks on CIFAR-10; not calibrated on models like yours"
 THRESHOLDS = {
-    "combined": Threshold(
-        value=0.64,
-        calibration="set half way between two clean and two backdoored small networks on CIFAR-10 (patches); "
-        + NOT_CALIBRATED,
-    ),
-    "universal-changes": Threshold(
-        value=1.7,
-        calibration=f"set between clean and backdoored small networks on CIFAR-10; {NOT_CALIBRATED}",
-    ),
-    "calibrated-trigger-inversion": Threshold(
-        value=0.7,
-        calibration=f"alone it told backdoored from clean small networks on CIFAR-10 badly; {NOT_CALIBRATED}",
-    ),
+    "combined": Threshold(value=0.62, calibration=_ZOO.format("set on")),
+    "universal-changes": Threshold(value=0.75, calibration=_ZOO.format("set on")),
+    "calibrated-trigger-inversion": Threshold(value=0.65, calibration=_ZOO.format("set on")),
     "neural-cleanse": Threshold(
         value=2.0,
-        calibration="the anomaly index of Wang et al., 2019, exceeded by clean small CIFAR-10 networks, too; "
-        + NOT_CALIBRATED,
+        calibration="the anomaly index of Wang et al., 2019; two of "
+        + _ZOO.format("ten clean networks exceeded it among"),
     ),
-    "quick": Threshold(
-        value=3.0,
-        calibration=f"it told no backdoored small network on CIFAR-10 from clean ones; {NOT_CALIBRATED}",
-    ),
+    "quick": Threshold(value=3.3, calibration=_ZOO.format("set on")),
 }
 """One for each method: the only place where a verdict's threshold is written."""
 
