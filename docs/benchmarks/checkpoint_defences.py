@@ -39,6 +39,8 @@ from sanitize.rundir import write_atomic
 CLASSES = [str(number) for number in range(10)]
 LEARNED = 0.5
 """Attack success from which on a model counts as backdoored."""
+DEVELOPED = 10
+"""Settings of `inspect` were chosen on models whose seed ends in 00 to 09; it is judged on the others."""
 FLOOR_MODELS = 5
 """Clean models that a floor is the mean of."""
 
@@ -56,7 +58,9 @@ def main():
     asked = parser.parse_args()
     if asked.what == "table":
         cells = read_cells(asked.out / "inspect")
-        print(repair_table(asked.out), detection_table(cells), left_out_table(cells), sep="\n\n")
+        judged = [cell for cell in cells if cell["model"]["seed"] % 100 >= DEVELOPED]
+        print(repair_table(asked.out), detection_table(judged), verdict_table(judged), sep="\n\n")
+        print(left_out_table(cells))
         return
     facts = [json.loads(path.read_text()) for path in sorted(asked.models.glob("*.json"))]
     if asked.what == "floor":
@@ -231,6 +235,40 @@ def detection_table(cells):
     return "\n".join(lines)
 
 
+def verdict_table(cells):
+    """What the thresholds that `inspect` has say of the models."""
+    from sanitize.checkpoints.inspect import THRESHOLDS
+
+    clean, bad = clean_and_bad(cells)
+    if not clean or not bad:
+        return ""
+    attacks = sorted({cell["model"]["attack"] for cell in bad})
+    lines = [
+        "At the thresholds of the command, models called backdoored:",
+        "",
+        f"| method | threshold | clean | backdoored | target named | {' | '.join(attacks)} |",
+        "|---" * (5 + len(attacks)) + "|",
+    ]
+    for method, threshold in THRESHOLDS.items():
+        over = [cell for cell in bad if cell["scores"][method] > threshold.value]
+        named = sum(cell["highest"][method] == cell["model"]["target"] for cell in over)
+        false = sum(cell["scores"][method] > threshold.value for cell in clean)
+        each = [
+            f"{sum(c['model']['attack'] == name for c in over)} of "
+            f"{sum(c['model']['attack'] == name for c in bad)}"
+            for name in attacks
+        ]
+        row = [
+            f"`{method}`",
+            threshold.value,
+            f"{false} of {len(clean)}",
+            f"{len(over)} of {len(bad)}",
+            named,
+        ]
+        lines.append(f"| {' | '.join(str(value) for value in [*row, *each])} |")
+    return "\n".join(lines)
+
+
 def left_out_table(cells):
     """Rates at thresholds set without an attack's models and without half of the clean ones.
 
@@ -248,7 +286,7 @@ def left_out_table(cells):
         f"| score | clean called backdoored | found, all | {' | '.join(attacks)} |",
         "|---" * (3 + len(attacks)) + "|",
     ]
-    for score in clean[0]["scores"]:
+    for score in sorted(clean[0]["scores"]):
         found, false = {name: [] for name in attacks}, []
         for name, half in itertools.product(attacks, (0, 1)):
             value = threshold(
@@ -258,7 +296,7 @@ def left_out_table(cells):
             found[name] += [c["scores"][score] > value for c in bad if c["model"]["attack"] == name]
             false += [c["scores"][score] > value for c in clean[1 - half :: 2]]
         rates = [false, list(itertools.chain(*found.values())), *found.values()]
-        lines.append(f"| {score} | {' | '.join(f'{statistics.mean(rate):.2f}' for rate in rates)} |")
+        lines.append(f"| {score} | {' | '.join(f'{np.mean(rate):.2f}' for rate in rates)} |")
     return "\n".join(lines)
 
 
