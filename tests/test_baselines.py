@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+from scipy.stats import spearmanr
 
 import sanitize
 from sanitize import scores
@@ -232,6 +234,14 @@ def test_methods_that_ask_the_network_find_the_corner(method: str) -> None:
     assert found.dtype == np.float32
     assert auroc(found, poison) > 0.95
     np.testing.assert_array_equal(found, scores.score(method, given))
+
+
+def test_cognitive_distillation_in_bfloat16_ranks_as_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    given, _ = corner_case()
+    quick = scores.score("cognitive-distillation", given)
+    monkeypatch.setattr(cognitive_distillation, "fast", lambda device: nullcontext())
+    exact = scores.score("cognitive-distillation", given)
+    assert spearmanr(quick, exact).statistic > 0.95
 
 
 def test_neural_cleanse_rebuilds_the_corner() -> None:

@@ -11,13 +11,13 @@ from sanitize.checkpoints.trigger_inversion import (
     calibrated_triggers,
     estimated_s,
     evaluate,
-    fast,
     frozen,
     masked_triggers,
     predict,
     stamp,
 )
 from sanitize.checkpoints.trusted import split, to_pixels
+from sanitize.scores.network import fast
 
 CONFIG = InversionConfig(steps=40, batch=24, learning_rate=0.05, radius=12.0)
 CPU = torch.device("cpu")

@@ -8,8 +8,8 @@
 
 The first N images of each class of the trusted shards are used, so that a smaller trusted set is part of a
 larger one. Accuracy and attack success are measured on test images that no defence has seen. The floor is how
-often models that were never poisoned call the stamped test images the target. What is there is not measured
-again; two processes may share the work by --part 0/2 and --part 1/2.
+often models that were never poisoned call the stamped test images the target. A cell of repair or
+inspect that is there is not measured again; two processes may share the work by --part 0/2 and --part 1/2.
 """
 
 import argparse
@@ -57,10 +57,13 @@ def main():
     parser.add_argument("--part", default="0/1")
     asked = parser.parse_args()
     if asked.what == "table":
+        print(repair_table(asked.out))
         cells = read_cells(asked.out / "inspect")
-        judged = [cell for cell in cells if cell["model"]["seed"] % 100 >= DEVELOPED]
-        print(repair_table(asked.out), detection_table(judged), verdict_table(judged), sep="\n\n")
-        print(left_out_table(cells))
+        for count in sorted({cell["trusted"] for cell in cells}):
+            own = [combined_anew(cell) for cell in cells if cell["trusted"] == count]
+            later = [cell for cell in own if cell["model"]["seed"] % 100 >= DEVELOPED]
+            print(f"\n{count} trusted images", detection_table(later), verdict_table(later), sep="\n\n")
+            print("", left_out_table(own), sep="\n")
         return
     facts = [json.loads(path.read_text()) for path in sorted(asked.models.glob("*.json"))]
     if asked.what == "floor":
@@ -124,7 +127,7 @@ def repaired(classifier, model, method, trusted, test, folder):
 
 
 def judged(classifier, model, test, folder):
-    """Clean accuracy, and success at the strength that works best on the model as it was."""
+    """Clean accuracy, and success at every strength."""
     accuracy = clean_accuracy(predict(classifier, test), test.class_id)
     return {"clean_accuracy": accuracy, **success([classifier], model, test, folder)}
 
@@ -168,6 +171,19 @@ def inspected(classifier, trusted):
         "highest": {name: int(np.nanargmax(values)) for name, values in found.items()},
         "class_scores": {name: values.tolist() for name, values in found.items()},
     }
+
+
+def combined_anew(cell):
+    """The cell with the scores of the methods as they are now, made from those of the statistics."""
+    from sanitize.checkpoints.inspect import METHODS, combine
+
+    found = {name: np.array(values) for name, values in cell["class_scores"].items()}
+    found |= {
+        method: combine(found, method) for method, parts in METHODS.items() if set(parts) <= found.keys()
+    }
+    scores = {name: float(np.nanmax(values)) for name, values in found.items()}
+    highest = {name: int(np.nanargmax(values)) for name, values in found.items()}
+    return cell | {"scores": scores, "highest": highest}
 
 
 def read_cells(folder):
@@ -228,7 +244,7 @@ def detection_table(cells):
         f"| score | all | {' | '.join(attacks)} |",
         "|---" * (2 + len(attacks)) + "|",
     ]
-    for score in clean[0]["scores"]:
+    for score in statistics_of(cells):
         columns = [auc(score, bad, clean)]
         columns += [auc(score, [c for c in bad if c["model"]["attack"] == name], clean) for name in attacks]
         lines.append(f"| {score} | {' | '.join(f'{value:.2f}' for value in columns)} |")
@@ -281,12 +297,12 @@ def left_out_table(cells):
         return ""
     attacks = sorted({cell["model"]["attack"] for cell in bad})
     lines = [
-        "Thresholds set without the attack (share of its models found) and without half of the clean models:",
+        "All models. Thresholds set without the attack and without half of the clean ones; share over them:",
         "",
         f"| score | clean called backdoored | found, all | {' | '.join(attacks)} |",
         "|---" * (3 + len(attacks)) + "|",
     ]
-    for score in sorted(clean[0]["scores"]):
+    for score in statistics_of(cells):
         found, false = {name: [] for name in attacks}, []
         for name, half in itertools.product(attacks, (0, 1)):
             value = threshold(
@@ -302,13 +318,19 @@ def left_out_table(cells):
 
 def threshold(bad, clean):
     """Of the best balanced accuracy; the highest such, half way to the next score below it."""
-    scores = np.array([*bad, *clean])
-    sign = np.array([1 / max(len(bad), 1)] * len(bad) + [-1 / len(clean)] * len(clean))
-    order = np.argsort(-scores, kind="stable")
-    gain = np.cumsum(sign[order])
+    scores = np.unique([*bad, *clean])[::-1]
+    gain = [np.mean(np.array(bad) >= score) - np.mean(np.array(clean) >= score) for score in scores]
     place = int(np.argmax(gain))
-    below = scores[order[place + 1]] if place + 1 < len(order) else scores[order[place]] - 1
-    return (scores[order[place]] + below) / 2
+    below = scores[place + 1] if place + 1 < len(scores) else scores[place] - 1
+    return (scores[place] + below) / 2
+
+
+def statistics_of(cells):
+    """Names to show: every statistic, and the methods that are more than one of them."""
+    from sanitize.checkpoints.inspect import METHODS
+
+    single = {method for method, parts in METHODS.items() if len(parts) == 1 and method != parts[0]}
+    return [name for name in sorted(cells[0]["scores"]) if name not in single]
 
 
 def clean_and_bad(cells):

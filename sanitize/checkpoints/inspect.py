@@ -1,8 +1,8 @@
 """Is this classifier backdoored, towards which class, and with what trigger: `sanitize inspect`.
 
-The story: cheap statistics that need no images come first. Then a copy of the model is repaired on some of
-the trusted images, and triggers are rebuilt for the classes asked for. Each statistic gives every class an
-anomaly; the largest of the method's is the model's score, which a threshold turns into a verdict.
+The story: cheap statistics that need no images come first. Then triggers are rebuilt for the classes asked
+for, for calibrated trigger inversion against a repaired copy of the model. Each statistic gives every class
+an anomaly; the largest of the method's is the model's score, which a threshold turns into a verdict.
 """
 
 from __future__ import annotations
@@ -56,6 +56,8 @@ FEWEST_CLASSES = 5
 """Below this many, "unlike the other classes" means little."""
 WORKS = 0.5
 """Share of held-out images that a mask has to turn to count by its size."""
+FEWEST_HELD_OUT, FEWEST_TRUSTED = 60, 200
+"""Below so many held-out images shares are too coarse to compare classes by; so many trusted ones do."""
 COMPARING = ("combined", "universal-changes", "neural-cleanse")
 """Methods that judge a rebuilt trigger by those of the other classes."""
 
@@ -69,17 +71,29 @@ class Threshold:
     """On which models it was set, in a sentence for the report."""
 
 
-_ZOO = "{} ten clean and eight backdoored small networks on CIFAR-10; not calibrated on models like yours"
+_ELSEWHERE = "not calibrated on models like yours"
 THRESHOLDS = {
-    "combined": Threshold(value=0.62, calibration=_ZOO.format("set on")),
-    "universal-changes": Threshold(value=0.75, calibration=_ZOO.format("set on")),
-    "calibrated-trigger-inversion": Threshold(value=0.65, calibration=_ZOO.format("set on")),
+    "combined": Threshold(
+        value=0.62,
+        calibration=f"set on ten clean and seven backdoored small networks on CIFAR-10; {_ELSEWHERE}",
+    ),
+    "universal-changes": Threshold(
+        value=0.75,
+        calibration=f"set on ten clean and seven backdoored small networks on CIFAR-10; {_ELSEWHERE}",
+    ),
+    "calibrated-trigger-inversion": Threshold(
+        value=0.65,
+        calibration=f"set on ten clean and seven backdoored small networks on CIFAR-10; {_ELSEWHERE}",
+    ),
     "neural-cleanse": Threshold(
         value=2.0,
-        calibration="the anomaly index of Wang et al., 2019; two of "
-        + _ZOO.format("ten clean networks exceeded it among"),
+        calibration="the anomaly index of Wang et al., 2019, which two of ten clean small networks on "
+        f"CIFAR-10 exceed; {_ELSEWHERE}",
     ),
-    "quick": Threshold(value=3.3, calibration=_ZOO.format("set on")),
+    "quick": Threshold(
+        value=3.3,
+        calibration=f"set on ten clean and seven backdoored small networks on CIFAR-10; {_ELSEWHERE}",
+    ),
 }
 """One for each method: the only place where a verdict's threshold is written."""
 
@@ -135,7 +149,7 @@ class Inspection:
     """Method -> score of the model, of every method whose statistics were taken."""
     verdict: Verdict
     triggers: dict[str, Triggers]
-    """Statistic (``calibrated``, ``neural-cleanse``) -> one trigger a class that was looked at."""
+    """Statistic (``universal``, ``calibrated``, ``neural-cleanse``) -> one trigger a class looked at."""
     seconds: dict[str, float]
     accuracy: float | None
     """Of the model on the held-out trusted images; None without any."""
@@ -171,7 +185,7 @@ def inspect_classifier(
     seconds: dict[str, float] = {}
     found = _quick(classifier, config.seed, seconds, progress)
     triggers: dict[str, Triggers] = {}
-    model_accuracy = repaired_accuracy = None
+    held_out = model_accuracy = repaired_accuracy = None
     if trusted is not None:
         work, held_out = split(trusted, config.held_out_ratio, config.seed)
         model_accuracy = accuracy(classifier, held_out)
@@ -194,7 +208,7 @@ def inspect_classifier(
         seconds=seconds,
         accuracy=model_accuracy,
         repaired_accuracy=repaired_accuracy,
-        notes=_notes(classifier, trusted, triggers, model_accuracy, repaired_accuracy),
+        notes=_notes(classifier, trusted, held_out, triggers, model_accuracy, repaired_accuracy),
     )
 
 
@@ -278,8 +292,8 @@ def _anomalies(triggers: dict[str, Triggers], classes: int, images: int) -> dict
     ``mask-size``: how many times smaller than the median mask, as log2. The index divides by the spread of
     ten or so sizes; where these happen to agree, the class with the easiest natural trigger is an outlier.
 
-    ``universal``: log-odds of the success of a change of the common norm, less their median; a success that
-    is none or all of the `images` counts as half an image off that.
+    ``universal``: log-odds of the success of a change of the common norm, less their median; success is kept
+    half an image of `images` away from none and all.
 
     ``calibrated``: success on the model minus success on the repaired copy, in [-1, 1]. The source is
     ambiguous here: algorithm 4, line 13, subtracts the accuracy that the repaired model keeps, which would
@@ -359,7 +373,9 @@ def _say_cost(
 ) -> None:
     """Seconds beforehand, from one timed step, where they are many."""
     parts = METHODS[config.method]
-    share = ("calibrated" in parts) + 0.5 * bool(_FROM_MASKS & set(parts))
+    # images a class that go through a network: 2 · 150 · 32 for calibrated, 150 · 32 for masks, and for
+    # universal changes at most 13 · 3 · 128
+    share = ("calibrated" in parts) + 0.5 * bool(_FROM_MASKS & set(parts)) + 0.5 * ("universal" in parts)
     seconds = share * estimated_s(classifier, work, len(classes), config.inversion)
     if seconds > LONG_S:
         less = "; --classes top:20 takes the 20 that the quick statistics find most suspicious"
@@ -385,6 +401,7 @@ def _verdict(method: str, class_scores: Scores) -> Verdict:
 def _notes(
     classifier: Classifier,
     trusted: TrustedImages | None,
+    held_out: TrustedImages | None,
     triggers: dict[str, Triggers],
     model_accuracy: float | None,
     repaired_accuracy: float | None,
@@ -415,6 +432,17 @@ def _notes(
     if trusted is not None and len(np.unique(trusted.class_id)) < classifier.classes:
         missing = classifier.classes - len(np.unique(trusted.class_id))
         notes.append(f"{missing:,} of the model's classes have no trusted images.")
+    if held_out is not None and triggers and len(held_out) < FEWEST_HELD_OUT:
+        notes.append(
+            f"Only {len(held_out)} trusted images were held out to judge triggers by: a class can pass a "
+            f"threshold by chance alone. Trust {FEWEST_TRUSTED} images or more."
+        )
+    universal = triggers.get("universal")
+    if universal is not None and not 0.2 <= float(np.nanmedian(universal.success)) <= 0.8:
+        notes.append(
+            f"No norm was found at which added pictures turn about 40 % of the images into the median class "
+            f"(here {float(np.nanmedian(universal.success)):.0%}): universal changes say little."
+        )
     return notes
 
 

@@ -26,8 +26,8 @@ SMOOTHNESS_WEIGHT = 1.0
 def score(inputs: ScoreInputs) -> npt.NDArray[np.float32]:
     """Minus the mean of the smallest mask under which the proxy's logits stay; a trigger needs a small one.
 
-    A hundred forward and backward passes a sample: about 37 images a second on one CPU core with the small
-    proxy at 32 px, so that 50,000 take 23 minutes.
+    A hundred forward and backward passes a sample: about 37 images a second on one CPU core that multiplies
+    bfloat16, with the small proxy at 32 px, so that 50,000 take 23 minutes; 23 a second in float32.
 
     Returns:
         (N,) float32 in [-1, 0]; higher = more suspicious.
@@ -54,7 +54,7 @@ def mask_sizes(network: nn.Module, images: torch.Tensor, generator: torch.Genera
     import torch
 
     with torch.no_grad():
-        wanted = network(images)
+        wanted = network(images).float()
     # a mask of 0.88: open, but with a gradient
     raw = torch.ones_like(images[:, :1]).requires_grad_()
     optimizer = torch.optim.Adam([raw], LEARNING_RATE, betas=(0.1, 0.1))
@@ -62,7 +62,7 @@ def mask_sizes(network: nn.Module, images: torch.Tensor, generator: torch.Genera
         mask = (torch.tanh(raw) + 1) / 2
         fill = torch.rand(len(images), 3, 1, 1, generator=generator).to(images.device)
         found = network(images * mask + (1 - mask) * fill)
-        difference = (found - wanted).float().abs().mean(dim=1)
+        difference = (found.float() - wanted).abs().mean(dim=1)
         loss = difference + MASK_WEIGHT * mask.sum(dim=(1, 2, 3)) + SMOOTHNESS_WEIGHT * roughness(mask)
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss.sum())

@@ -28,7 +28,7 @@ def fast(device: torch.device) -> AbstractContextManager[None]:
     import torch
 
     if device.type == "cuda":
-        able = torch.cuda.is_bf16_supported()
+        able = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         capabilities = torch.cpu.get_capabilities()
         able = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
