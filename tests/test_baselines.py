@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from scipy.stats import spearmanr
 
 import sanitize
 from sanitize import scores
@@ -236,12 +235,14 @@ def test_methods_that_ask_the_network_find_the_corner(method: str) -> None:
     np.testing.assert_array_equal(found, scores.score(method, given))
 
 
-def test_cognitive_distillation_in_bfloat16_ranks_as_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cognitive_distillation_in_bfloat16_is_that_of_float32_to_a_few_pixels_in_a_hundred(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     given, _ = corner_case()
     quick = scores.score("cognitive-distillation", given)
     monkeypatch.setattr(cognitive_distillation, "fast", lambda device: nullcontext())
     exact = scores.score("cognitive-distillation", given)
-    assert spearmanr(quick, exact).statistic > 0.95
+    np.testing.assert_allclose(quick, exact, atol=0.03)
 
 
 def test_neural_cleanse_rebuilds_the_corner() -> None:
