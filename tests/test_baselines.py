@@ -242,7 +242,7 @@ def test_cognitive_distillation_in_bfloat16_is_that_of_float32_to_a_few_pixels_i
     quick = scores.score("cognitive-distillation", given)
     monkeypatch.setattr(cognitive_distillation, "fast", lambda device: nullcontext())
     exact = scores.score("cognitive-distillation", given)
-    np.testing.assert_allclose(quick, exact, atol=0.03)
+    np.testing.assert_allclose(quick, exact, atol=0.05)
 
 
 def test_neural_cleanse_rebuilds_the_corner() -> None:
