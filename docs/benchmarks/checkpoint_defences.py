@@ -41,8 +41,8 @@ LEARNED = 0.5
 """Attack success from which on a model counts as backdoored."""
 DEVELOPED = 10
 """Settings of `inspect` were chosen on models whose seed ends in 00 to 09; it is judged on the others."""
-FLOOR_MODELS = 5
-"""Clean models that a floor is the mean of."""
+FLOOR_MODELS, FLOOR_IMAGES = 5, 2_000
+"""Clean models that a floor is the mean of, and test images for each."""
 
 
 def main():
@@ -150,7 +150,8 @@ def measure_floors(facts, folder, test, path):
     """Every trigger on the clean models, into one JSON file: model -> rates by strength."""
     clean = [load(model, folder) for model in facts if model["attack"] == "clean"][:FLOOR_MODELS]
     bad = [model for model in facts if model["attack"] != "clean"]
-    found = {model["name"]: success(clean, model, test, folder) for model in bad}
+    some = test.take(np.arange(min(FLOOR_IMAGES, len(test))))
+    found = {model["name"]: success(clean, model, some, folder) for model in bad}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, json.dumps(found, indent=1).encode())
 
