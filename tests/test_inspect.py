@@ -343,7 +343,7 @@ def test_two_classes_are_not_called_chance() -> None:
     """A model that is right three times in four says more than chance does, if it has two classes."""
     notes = inspect_module._notes(halves(), None, None, {}, 0.75, None)
     assert not any("chance" in note for note in notes)
-    assert any("chance" in note for note in inspect_module._notes(halves(), None, {}, 0.55, None))
+    assert any("chance" in note for note in inspect_module._notes(halves(), None, None, {}, 0.55, None))
 
 
 def halves() -> Classifier:
