@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -32,9 +33,9 @@ def halves(each: int = 40) -> Any:
     return split(images(each), 0.3, 0)
 
 
-def found(classes: range | list[int] = range(CLASSES), backdoor: float = 4.0) -> Triggers:
+def found(classes: Sequence[int] = range(CLASSES)) -> Triggers:
     work, held_out = halves()
-    return comparable_changes(model(backdoor=backdoor), work, held_out, list(classes), 0)
+    return comparable_changes(model(backdoor=4.0), work, held_out, classes, 0)
 
 
 def test_the_change_of_a_backdoor_works_far_more_often_at_the_common_norm() -> None:

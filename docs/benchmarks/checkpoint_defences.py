@@ -62,8 +62,8 @@ def main():
         for count in sorted({cell["trusted"] for cell in cells}):
             own = [combined_anew(cell) for cell in cells if cell["trusted"] == count]
             later = [cell for cell in own if cell["model"]["seed"] % 100 >= DEVELOPED]
-            print(f"\n{count} trusted images", detection_table(later), verdict_table(later), sep="\n\n")
-            print("", left_out_table(own), sep="\n")
+            tables = detection_table(*clean_and_bad(later)), verdict_table(*clean_and_bad(later))
+            print(f"\n{count} trusted images", *tables, left_out_table(*clean_and_bad(own)), sep="\n\n")
         return
     facts = [json.loads(path.read_text()) for path in sorted(asked.models.glob("*.json"))]
     if asked.what == "floor":
@@ -168,20 +168,15 @@ def inspected(classifier, trusted):
         found |= result.class_scores
     return {
         "seconds": seconds,
-        "scores": {name: float(np.nanmax(values)) for name, values in found.items()},
-        "highest": {name: int(np.nanargmax(values)) for name, values in found.items()},
         "class_scores": {name: values.tolist() for name, values in found.items()},
     }
 
 
 def combined_anew(cell):
-    """The cell with the scores of the methods as they are now, made from those of the statistics."""
-    from sanitize.checkpoints.inspect import METHODS, combine
+    """The cell with model scores and their classes, of the statistics and of the methods as they are now."""
+    from sanitize.checkpoints.inspect import with_methods
 
-    found = {name: np.array(values) for name, values in cell["class_scores"].items()}
-    found |= {
-        method: combine(found, method) for method, parts in METHODS.items() if set(parts) <= found.keys()
-    }
+    found = with_methods({name: np.array(values) for name, values in cell["class_scores"].items()})
     scores = {name: float(np.nanmax(values)) for name, values in found.items()}
     highest = {name: int(np.nanargmax(values)) for name, values in found.items()}
     return cell | {"scores": scores, "highest": highest}
@@ -207,7 +202,7 @@ def repair_table(out):
         return ""
     floors = json.loads((out / "floor.json").read_text())
     head = ["attack", "models", "method", "trusted", "floor", "before", "after", "accuracy lost", "kept", "s"]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    rows = []
     groups = itertools.groupby(
         sorted(cells, key=order), key=lambda cell: (cell["method"], cell["trusted"], cell["model"]["attack"])
     )
@@ -224,97 +219,80 @@ def repair_table(out):
         ]
         kept = sum(cell["facts"]["repaired"] for cell in own)
         seconds = statistics.median(cell["seconds"] for cell in own)
-        row = [attack, len(own), f"`{method}`", trusted, *rates, f"{kept} of {len(own)}", f"{seconds:.0f}"]
-        lines.append(f"| {' | '.join(str(value) for value in row)} |")
-    return "\n".join(lines)
+        kept_of = f"{kept} of {len(own)}"
+        rows.append([attack, len(own), f"`{method}`", trusted, *rates, kept_of, f"{seconds:.0f}"])
+    return markdown(head, rows)
+
+
+def markdown(head, rows):
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(str(value) for value in line)} |" for line in lines)
 
 
 def order(cell):
     return cell["method"], cell["trusted"], cell["model"]["attack"], cell["model"]["seed"]
 
 
-def detection_table(cells):
+def detection_table(clean, bad):
     """AUC of every score, backdoored models against clean ones, by attack and over all."""
-    clean, bad = clean_and_bad(cells)
     if not clean or not bad:
         return ""
-    attacks = sorted({cell["model"]["attack"] for cell in bad})
-    lines = [
-        f"{len(clean)} clean models, {len(bad)} backdoored. AUC:",
-        "",
-        f"| score | all | {' | '.join(attacks)} |",
-        "|---" * (2 + len(attacks)) + "|",
-    ]
-    for score in statistics_of(cells):
+    attacks = attacks_of(bad)
+    rows = []
+    for score in statistics_of(clean):
         columns = [auc(score, bad, clean)]
-        columns += [auc(score, [c for c in bad if c["model"]["attack"] == name], clean) for name in attacks]
-        lines.append(f"| {score} | {' | '.join(f'{value:.2f}' for value in columns)} |")
-    return "\n".join(lines)
+        columns += [auc(score, of_attack(bad, name), clean) for name in attacks]
+        rows.append([score, *(f"{value:.2f}" for value in columns)])
+    title = f"{len(clean)} clean models, {len(bad)} backdoored. AUC:"
+    return f"{title}\n\n{markdown(['score', 'all', *attacks], rows)}"
 
 
-def verdict_table(cells):
+def verdict_table(clean, bad):
     """What the thresholds that `inspect` has say of the models."""
     from sanitize.checkpoints.inspect import THRESHOLDS
 
-    clean, bad = clean_and_bad(cells)
     if not clean or not bad:
         return ""
-    attacks = sorted({cell["model"]["attack"] for cell in bad})
-    lines = [
-        "At the thresholds of the command, models called backdoored:",
-        "",
-        f"| method | threshold | clean | backdoored | target named | {' | '.join(attacks)} |",
-        "|---" * (5 + len(attacks)) + "|",
-    ]
-    for method, threshold in THRESHOLDS.items():
-        over = [cell for cell in bad if cell["scores"][method] > threshold.value]
+    attacks = attacks_of(bad)
+    rows = []
+    for method, bound in THRESHOLDS.items():
+        over = [cell for cell in bad if cell["scores"][method] > bound.value]
         named = sum(cell["highest"][method] == cell["model"]["target"] for cell in over)
-        false = sum(cell["scores"][method] > threshold.value for cell in clean)
-        each = [
-            f"{sum(c['model']['attack'] == name for c in over)} of "
-            f"{sum(c['model']['attack'] == name for c in bad)}"
-            for name in attacks
-        ]
-        row = [
-            f"`{method}`",
-            threshold.value,
-            f"{false} of {len(clean)}",
-            f"{len(over)} of {len(bad)}",
-            named,
-        ]
-        lines.append(f"| {' | '.join(str(value) for value in [*row, *each])} |")
-    return "\n".join(lines)
+        false = sum(cell["scores"][method] > bound.value for cell in clean)
+        each = [f"{len(of_attack(over, name))} of {len(of_attack(bad, name))}" for name in attacks]
+        counts = [f"{false} of {len(clean)}", f"{len(over)} of {len(bad)}", named]
+        rows.append([f"`{method}`", bound.value, *counts, *each])
+    head = ["method", "threshold", "clean", "backdoored", "target named", *attacks]
+    return f"At the thresholds of the command, models called backdoored:\n\n{markdown(head, rows)}"
 
 
-def left_out_table(cells):
+def left_out_table(clean, bad):
     """Rates at thresholds set without an attack's models and without half of the clean ones.
 
     The threshold is the one of the best balanced accuracy on the other attacks' models and on every second
     clean model, half way to the next score below; it is judged on the attack's models and on the other clean
     ones, and the halves change places.
     """
-    clean, bad = clean_and_bad(cells)
     if len(clean) < 4 or not bad:
         return ""
-    attacks = sorted({cell["model"]["attack"] for cell in bad})
-    lines = [
-        "All models. Thresholds set without the attack and without half of the clean ones; share over them:",
-        "",
-        f"| score | clean called backdoored | found, all | {' | '.join(attacks)} |",
-        "|---" * (3 + len(attacks)) + "|",
-    ]
-    for score in statistics_of(cells):
+    attacks = attacks_of(bad)
+    rows = []
+    for score in statistics_of(clean):
         found, false = {name: [] for name in attacks}, []
         for name, half in itertools.product(attacks, (0, 1)):
             value = threshold(
                 [c["scores"][score] for c in bad if c["model"]["attack"] != name],
                 [c["scores"][score] for c in clean[half::2]],
             )
-            found[name] += [c["scores"][score] > value for c in bad if c["model"]["attack"] == name]
+            found[name] += [c["scores"][score] > value for c in of_attack(bad, name)]
             false += [c["scores"][score] > value for c in clean[1 - half :: 2]]
         rates = [false, list(itertools.chain(*found.values())), *found.values()]
-        lines.append(f"| {score} | {' | '.join(f'{np.mean(rate):.2f}' for rate in rates)} |")
-    return "\n".join(lines)
+        rows.append([score, *(f"{np.mean(rate):.2f}" for rate in rates)])
+    title = (
+        "All models. Thresholds set without the attack and without half of the clean ones; share over them:"
+    )
+    head = ["score", "clean called backdoored", "found, all", *attacks]
+    return f"{title}\n\n{markdown(head, rows)}"
 
 
 def threshold(bad, clean):
@@ -334,9 +312,16 @@ def statistics_of(cells):
     return [name for name in sorted(cells[0]["scores"]) if name not in single]
 
 
+def attacks_of(cells):
+    return sorted({cell["model"]["attack"] for cell in cells})
+
+
+def of_attack(cells, name):
+    return [cell for cell in cells if cell["model"]["attack"] == name]
+
+
 def clean_and_bad(cells):
-    clean = [cell for cell in cells if cell["model"]["attack"] == "clean"]
-    return clean, [cell for cell in cells if learned(cell["model"])]
+    return of_attack(cells, "clean"), [cell for cell in cells if learned(cell["model"])]
 
 
 def auc(score, bad, clean):

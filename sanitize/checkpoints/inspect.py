@@ -189,9 +189,7 @@ def inspect_classifier(
                 classifier, work, held_out, classes, config, seconds, progress
             )
             found |= _anomalies(triggers, classifier.classes, len(held_out))
-    class_scores = found | {
-        method: combine(found, method) for method, parts in METHODS.items() if set(parts) <= found.keys()
-    }
+    class_scores = with_methods(found)
     scores = {method: float(np.nanmax(class_scores[method])) for method in METHODS if method in class_scores}
     return Inspection(
         class_scores=class_scores,
@@ -203,6 +201,13 @@ def inspect_classifier(
         repaired_accuracy=repaired_accuracy,
         notes=_notes(classifier, trusted, held_out, triggers, model_accuracy, repaired_accuracy),
     )
+
+
+def with_methods(found: dict[str, Scores]) -> dict[str, Scores]:
+    """The statistics that were taken, and the class scores of every method whose statistics all were."""
+    return found | {
+        method: combine(found, method) for method, parts in METHODS.items() if set(parts) <= found.keys()
+    }
 
 
 def combine(found: dict[str, Scores], method: str) -> Scores:
@@ -430,11 +435,11 @@ def _notes(
             f"Only {len(held_out)} trusted images were held out to judge triggers by: a class can pass a "
             f"threshold by chance alone. Trust {FEWEST_TRUSTED} images or more."
         )
-    universal = triggers.get("universal")
-    if universal is not None and not 0.2 <= float(np.nanmedian(universal.success)) <= 0.8:
+    common = float(np.nanmedian(triggers["universal"].success)) if "universal" in triggers else None
+    if common is not None and not 0.2 <= common <= 0.8:
         notes.append(
-            f"No norm was found at which added pictures turn about 40 % of the images into the median class "
-            f"(here {float(np.nanmedian(universal.success)):.0%}): universal changes say little."
+            "No norm was found at which added pictures turn about 40 % of the images into the median class "
+            f"(here {common:.0%}): universal changes say little."
         )
     return notes
 
