@@ -200,7 +200,14 @@ def inspect(
         loaded, images = load_with_trusted(wanted, str(trusted), label, allow_pipe=allow_pipe)
     classifier, notes = loaded.classifier, list(loaded.notes)
     config = replace(config, classes=parse_classes(classes, classifier))
-    return audit(classifier, images, config, Path(out), str(checkpoint), progress or Silent(), notes)
+    words = wanted.words()
+    if trusted is not None:
+        words += ["--trusted", str(trusted)]
+    if label != "cls":
+        words += ["--label", label]
+    if allow_pipe:
+        words.append("--allow-pipe")
+    return audit(classifier, images, config, Path(out), str(checkpoint), progress or Silent(), notes, words)
 
 
 def repair(

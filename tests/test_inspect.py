@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -283,6 +284,25 @@ def test_the_command_quick(checkpoint: tuple[Path, Path], tmp_path: Path) -> Non
     )
     assert refused.code == 2
     assert "always look at all" in refused.err
+
+
+def test_the_command_that_the_report_advises_can_be_run_as_it_is(
+    checkpoint: tuple[Path, Path], tmp_path: Path
+) -> None:
+    quick = ("--quick", "--out", tmp_path, "--json")
+    named = ("--class-names", "a b,c,d,e,f,g", "--resolution", "32")
+    done = run_cli("inspect", checkpoint[0], *COMMON, *named, *quick)
+    (advice,) = json.loads(done.out)["verdict"]["next"]
+    words = shlex.split(advice["command"])
+    assert words[-2:] == ["--trusted", "CLEAN"]
+    again = run_cli(*words[1:-2], *quick)
+    assert json.loads(again.out)["model"] == json.loads(done.out)["model"]
+    report = audit(
+        model(backdoor=4.0), images(), config(), tmp_path, "m.pt", Silent(), (), ["m.pt", "--trusted", "a b"]
+    )
+    assert report.facts["verdict"]["next"][-1]["command"] == (
+        "sanitize repair m.pt --trusted 'a b' --out FIXED"
+    )
 
 
 def test_findings_have_their_exit_code(

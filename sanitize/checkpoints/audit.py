@@ -80,12 +80,15 @@ def audit(
     source: str,
     progress: Progress,
     loading: Sequence[str] = (),
+    words: Sequence[str] = (),
 ) -> InspectReport:
     """Inspect a classifier and write report.html and report.json into a folder, which is made if need be.
 
     Args:
         source: the checkpoint as the user named it.
         loading: what was found out while it was loaded, in sentences.
+        words: of a command line, what `sanitize repair` is given to load the same model and images; none:
+            the checkpoint alone is known.
 
     Raises:
         SanitizeError: as `inspect_classifier`; or the folder cannot be written.
@@ -94,7 +97,7 @@ def audit(
     for note in loading:
         progress.note(note)
     found = inspect_classifier(classifier, trusted, config, progress)
-    facts = facts_of(found, classifier, trusted, config, source, loading)
+    facts = facts_of(found, classifier, trusted, config, source, loading, words)
     page = render(facts, [] if trusted is None else _pictures(found, classifier, trusted))
     with disk_errors(out):
         write_atomic(out / HTML, page.encode("utf-8"))
@@ -129,6 +132,7 @@ def facts_of(
     config: InspectConfig,
     source: str,
     loading: Sequence[str],
+    words: Sequence[str],
 ) -> dict[str, Any]:
     """All of report.json: JSON types, None for what was not measured."""
     verdict = found.verdict
@@ -138,7 +142,7 @@ def facts_of(
             **dataclasses.asdict(verdict),
             "suspected_label": label,
             "sentence": sentence(found, label),
-            "next": _next(found, source),
+            "next": _next(found, shlex.join(words or [source]) + " --trusted CLEAN" * (trusted is None)),
         },
         "scores": {name: _number(score) for name, score in found.scores.items()},
         "statistics": [
@@ -179,7 +183,8 @@ def sentence(found: Inspection, label: str) -> str:
     return "No class of this model stands out as the target of a backdoor"
 
 
-def _next(found: Inspection, source: str) -> list[dict[str, str]]:
+def _next(found: Inspection, given: str) -> list[dict[str, str]]:
+    """What to do now; `given` is what every command line here begins with."""
     if found.verdict.backdoored:
         return [
             {
@@ -188,21 +193,21 @@ def _next(found: Inspection, source: str) -> list[dict[str, str]]:
             },
             {
                 "text": "Repair it, then inspect the repaired checkpoint:",
-                "command": f"sanitize repair {shlex.quote(source)} --trusted CLEAN --out FIXED",
+                "command": f"sanitize repair {given} --out FIXED",
             },
         ]
     if found.verdict.method == "quick":
         return [
             {
                 "text": "The quick look misses much. Rebuild triggers before you rely on it:",
-                "command": f"sanitize inspect {shlex.quote(source)} --trusted CLEAN",
+                "command": f"sanitize inspect {given}",
             }
         ]
     return [
         {
             "text": "This does not prove the model clean: see below what it cannot tell. Where a backdoor "
             "would do harm, repair a copy all the same; it costs minutes and a stated loss of accuracy:",
-            "command": f"sanitize repair {shlex.quote(source)} --trusted CLEAN --out FIXED",
+            "command": f"sanitize repair {given} --out FIXED",
         }
     ]
 

@@ -68,6 +68,26 @@ class LoadConfig:
             self.device in ("auto", "cpu", "cuda"), f"--device {self.device}: expected auto, cpu or cuda"
         )
 
+    def words(self) -> list[str]:
+        """The words of a command line that load the same: the checkpoint and what is not as by default."""
+        words = [str(self.checkpoint)]
+        if self.arch != "auto":
+            words += ["--arch", self.arch]
+        if self.class_names is not None:
+            joined = ",".join(self.class_names)
+            plain = joined.count(",") == len(self.class_names) - 1 and len(joined) <= 200
+            words += ["--class-names", joined if plain else "NAMES.txt"]
+        if self.prompts != (clip.PROMPT,):
+            words += [word for prompt in self.prompts for word in ("--prompt", prompt)]
+        for option, numbers in (("--mean", self.mean), ("--std", self.std)):
+            if numbers is not None:
+                words += [option, ",".join(f"{number:g}" for number in numbers)]
+        if self.resolution is not None:
+            words += ["--resolution", str(self.resolution)]
+        if self.device != "auto":
+            words += ["--device", self.device]
+        return words
+
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
