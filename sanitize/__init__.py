@@ -109,7 +109,7 @@ def filter(
     Args:
         run: run folder of a scan.
         method: None: the method of the scan.
-        alpha: as for `scan`.
+        alpha: as for `scan`; with neither, and the method of the scan, what the scan was told.
         reject: as for `scan`.
         class_cap: largest share of a class that may be flagged; None: that of the scan.
         no_class_cap: flag whatever the scores say.
@@ -123,6 +123,8 @@ def filter(
     from sanitize.pipeline import decision_of, filter_run
 
     scanned = decision_of(Path(run))
+    if alpha is None and reject is None and method in (None, scanned.method):
+        alpha, reject = scanned.alpha, scanned.reject
     decision = DecisionConfig.choose(
         method or scanned.method, alpha, reject, class_cap, no_class_cap, scanned.class_cap
     )
@@ -165,7 +167,8 @@ def inspect(
         checkpoint: ``.safetensors``, ``.pt``, ``.pth`` or ``.ckpt`` or folder of transformers or open_clip.
         trusted: shards of clean labelled images; None only for the method ``quick``.
         out: folder for report.html and report.json, made if it is not there.
-        method: ``combined``, ``calibrated-trigger-inversion``, ``neural-cleanse`` or ``quick``.
+        method: ``combined``, ``universal-changes``, ``calibrated-trigger-inversion``, ``neural-cleanse`` or
+            ``quick``.
         classes: labels joined by commas, or ``top:20``; None rebuilds triggers for all classes.
         arch: ``auto``, ``torchvision:NAME``, ``timm:NAME``, ``hf:FOLDER`` or ``package.module:factory``.
         class_names: labels in the order of the head; None: the trusted labels are class numbers.

@@ -24,6 +24,9 @@ REPAIRS = "pivotal-tuning, pivotal-unlearning, weight-decay, fine-pruning, nad, 
 INSPECT_METHODS = "combined, universal-changes, calibrated-trigger-inversion, neural-cleanse or quick"
 
 
+GOES_ON = ": the same command goes on from here"
+
+
 class _Group(TyperGroup):
     """Turns a SanitizeError into one message and its exit code, whichever command raised it."""
 
@@ -34,7 +37,8 @@ class _Group(TyperGroup):
             print(f"error: {printable(str(error))}", file=sys.stderr)
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
-            print("interrupted: the same command goes on from here", file=sys.stderr)
+            goes_on = ctx.invoked_subcommand in ("scan", "filter", "bench", "repair")
+            print(f"interrupted{GOES_ON if goes_on else ''}", file=sys.stderr)
             sys.exit(130)
 
 

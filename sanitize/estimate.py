@@ -18,6 +18,7 @@ from sanitize.corpus.sources import Source, open_tar
 from sanitize.pipeline import check_choices, cores, find_sources
 from sanitize.progress import Progress
 from sanitize.rundir import disk_errors
+from sanitize.scores.class_mixtures import SAMPLE_BYTES
 
 _DECODED = 200
 _STEPS = 4
@@ -26,8 +27,6 @@ _PROCESS_BYTES = 1_150_000_000
 _CHECKPOINT_BYTES = 20_000_000
 _GROUP_SECONDS = 0.0017
 """A sample on one core, in all views."""
-_GROUP_BYTES = 5 * 4 * 3 * 32**2
-"""A sample of the largest class: its pixels as float32, about five times over."""
 
 
 def estimate(config: ScanConfig, progress: Progress) -> dict[str, Any]:
@@ -72,7 +71,7 @@ def estimate(config: ScanConfig, progress: Progress) -> dict[str, Any]:
         "memory_bytes": _PROCESS_BYTES
         + pixel_bytes
         + 12 * rows * config.proxy.epochs
-        + _GROUP_BYTES * largest,
+        + SAMPLE_BYTES * largest,
         "time_s": round(index_s + (decode_s * usable + groups_s) / cores() + train_s, 1),
         "resolution": resolution,
         **setup,

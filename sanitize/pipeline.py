@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import shutil
+from collections import Counter
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -112,6 +113,7 @@ def filter_run(
             raise UsageError(f"the shards of {out} come from pipe: commands; pass --allow-pipe to run them")
         run.clear_temporary()
         _check_same_shards(run, corpus, with_trusted=False)
+        _check_enough(pq.read_table(run / INDEX), decision)
         second_opinion(run, decision.method, config.proxy.seed, progress)
         _scores(run, decision.method, config.proxy.seed)
         run.forget(*AFTER_SCORES)
@@ -144,7 +146,15 @@ def find_sources(config: CorpusConfig) -> tuple[list[Source], list[Source]]:
 
 
 def _recorded_sources(run: RunDir) -> list[Source]:
-    """The corpus shards as the index found them."""
+    """The corpus shards as the index found them.
+
+    Raises:
+        InputError: a shard is called something that would be written outside the run folder, which only a
+            manifest that was tampered with does.
+    """
+    for record in run.manifest["shards"]:
+        if Path(record["name"]).is_absolute() or ".." in Path(record["name"]).parts:
+            raise InputError(f"{run.path}: manifest.json names a shard {record['name']!r}; do not trust it")
     return [
         Source(record["name"], record["url"], record["compression"])
         for record in run.manifest["shards"]
@@ -201,7 +211,7 @@ def _check_before_decoding(table: pa.Table, config: ScanConfig, resolution: int)
 
 
 def _check_enough(table: pa.Table, config: DecisionConfig) -> None:
-    """Raise unless there are enough trusted samples for the decision, and classes to tell apart."""
+    """Raise unless there are enough trusted samples for the decision, classes to tell apart, and memory."""
     usable = pc.equal(table["status"], "ok")
     trusted = pc.sum(pc.and_(usable, table["trusted"])).as_py()
     needed = getattr(scores.load(config.method), "MIN_TRUSTED", MIN_TRUSTED)
@@ -211,10 +221,26 @@ def _check_enough(table: pa.Table, config: DecisionConfig) -> None:
             "add some to --trusted"
         )
     decide.check_alpha(config.alpha, trusted)
-    classes = len(pc.unique(table.filter(pc.and_(usable, pc.invert(table["trusted"])))["class_id"]))
+    labels = table.filter(pc.and_(usable, pc.invert(table["trusted"])))["label"]
+    classes = len(pc.unique(labels))
     if classes < 2:
         raise InputError(
             f"the corpus images that can be decoded have {classes} labels; at least 2 are needed"
+        )
+    if scores.searches_groups(config.method):
+        _check_memory(Counter(labels.to_pylist()).most_common(1)[0])
+
+
+def _check_memory(largest: tuple[str, int]) -> None:
+    from sanitize.scores.class_mixtures import SAMPLE_BYTES
+
+    label, count = largest
+    needed, there = count * SAMPLE_BYTES, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise InputError(
+            f"{count:,} samples are labelled {label!r}, and to look for groups among them takes about "
+            f"{needed / 1e9:.0f} GB of memory; this machine has {there / 1e9:.0f}. Scan the corpus in parts, "
+            "or take --method label-conflict, which looks for no groups"
         )
 
 
@@ -296,9 +322,12 @@ def _scores(run: RunDir, method: str, seed: int) -> None:
     scored_by = run.manifest["stages"].get("scores", {}).get("method")
     if scored_by == method and (run / SIGNALS).exists():  # older versions left none
         return
+    from sanitize.dynamics.proxy import gpu_memory
+
     with run.stage("scores") as facts:
         inputs, rows, total = score_inputs(run, seed)
-        found = scores.evidence(method, inputs)
+        with gpu_memory(run.manifest["training"]["device"]):
+            found = scores.evidence(method, inputs)
         run.forget("scores", *AFTER_SCORES)  # only now: a method that cannot score leaves the run as it was
         values = np.full(total, np.nan, np.float32)
         values[rows] = found.score
@@ -346,10 +375,10 @@ def score_inputs(run: RunDir, seed: int) -> tuple[ScoreInputs, npt.NDArray[np.in
     return inputs, rows[finite], table.num_rows
 
 
-def _images(run: RunDir, rows: npt.NDArray[np.intp]) -> npt.NDArray[np.uint8]:
+def _images(run: RunDir, rows: npt.NDArray[np.intp]) -> scores.Images:
     _check_there(run, PIXELS)
     pixels: npt.NDArray[np.uint8] = np.load(run / PIXELS, mmap_mode="r")
-    return pixels if len(rows) == len(pixels) else pixels[rows]
+    return pixels if len(rows) == len(pixels) else pixels_module.SomeRows(pixels, rows)
 
 
 def _second_losses(run: RunDir, rows: npt.NDArray[np.intp]) -> npt.NDArray[np.float32]:
@@ -370,7 +399,8 @@ def _network(run: RunDir) -> nn.Module:
     _check_there(run, PIXELS, CHECKPOINT)
     stored = run.manifest["training"]
     # The losses belong to the machine that measured them; the finished network runs on any.
-    resolved = proxy_module.setup(ProxyConfig(proxy=stored["proxy"]), 0)
+    device = "cpu" if run.manifest["config"]["proxy"]["device"] == "cpu" else "auto"
+    resolved = proxy_module.setup(ProxyConfig(proxy=stored["proxy"], device=device), 0)
     return proxy_module.trained(_samples(run), resolved, run / CHECKPOINT)
 
 

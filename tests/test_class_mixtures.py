@@ -153,3 +153,14 @@ def test_small_groups_must_stand_further_apart() -> None:
     assert least("contrasts", 500, 0.1) == pytest.approx(3.0 + 0.1 + 0.3)
     assert least("contrasts", 32, 32 / 600) > 4.6, "a natural group of clean CIFAR-10"
     assert least("patterns", 27, 0.027) == pytest.approx(2.7 + 50 / 27 + 0.03 / 0.027)
+
+
+@pytest.mark.usefixtures("pixels_only")
+def test_a_class_with_few_trusted_samples_has_no_groups() -> None:
+    """With nine, a natural group of a third of the class holds none of them in one case of forty."""
+    inputs, _ = corpus(0.3)
+    own = np.flatnonzero(inputs.trusted & (inputs.class_id == 1))
+    inputs.trusted[own[9:]] = False
+    assert class_mixtures.find(inputs, []) == []
+    inputs.trusted[own[9]] = True
+    assert [group.class_id for group in class_mixtures.find(inputs, [])] != []

@@ -13,6 +13,8 @@ from sanitize.corpus.labels import BadLabelError, class_names, read_label
     [
         ("cls", b"7", "7"),
         ("cls", b" 07\n", "7"),
+        ("cls", b"\xef\xbb\xbf7\r\n", "7"),
+        ("json:label", b'\xef\xbb\xbf{"label": "dog"}', "dog"),
         ("cls", b"-3", "-3"),
         ("cls", b"tabby cat", "tabby cat"),
         ("txt", "größe\r\n".encode(), "größe"),

@@ -346,6 +346,47 @@ def test_badloss_end_to_end(run_copy: Path) -> None:
     assert sanitize.filter(run_copy, method="badloss", alpha=0.05).flagged < 0.2 * SAMPLES
 
 
+def test_a_refused_decision_leaves_the_run_as_it_was(run_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = (run_copy / "manifest.json").read_bytes()
+    with pytest.raises(InputError, match=r"take --alpha 0.016 or more"):
+        sanitize.filter(run_copy, alpha=0.001)
+    monkeypatch.setattr("sanitize.scores.badloss.MIN_TRUSTED", TRUSTED + 1)
+    with pytest.raises(InputError, match="needs 64"):
+        sanitize.filter(run_copy, method="badloss")
+    assert (run_copy / "manifest.json").read_bytes() == before
+    sanitize.report(run_copy)
+
+
+def test_a_new_decision_by_the_same_method_keeps_the_budget(run_copy: Path) -> None:
+    assert sanitize.filter(run_copy, no_class_cap=True).flagged == round(0.1 * SAMPLES)
+    decision = json.loads((run_copy / "manifest.json").read_text())["decision"]
+    assert (decision["alpha"], decision["reject"], decision["class_cap"]) == (None, 0.1, None)
+    advised = json.loads((run_copy / "report.json").read_text())["verdict"]["next"][-1]["command"]
+    assert advised.endswith("--reject 0.05 --no-class-cap")
+    sanitize.filter(run_copy, alpha=0.02)
+    advised = json.loads((run_copy / "report.json").read_text())["verdict"]["next"][-1]["command"]
+    assert advised.endswith("--alpha 0.016")
+
+
+@pytest.mark.parametrize("name", ["../../outside.tar", "/outside.tar"])
+def test_a_run_folder_that_would_write_elsewhere(run_copy: Path, name: str) -> None:
+    text = (run_copy / "manifest.json").read_text()
+    (run_copy / "manifest.json").write_text(text.replace('"name": "data-000.tar"', f'"name": "{name}"'))
+    with pytest.raises(InputError, match="do not trust it"):
+        sanitize.filter(run_copy)
+
+
+def test_too_large_a_class_for_the_memory_is_refused_before_training(
+    shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sanitize.scores.class_mixtures.SAMPLE_BYTES", 10**12)
+    with pytest.raises(InputError, match=r"100 samples are labelled '0'.*--method label-conflict"):
+        sanitize.scan(
+            shards.corpus, trusted=shards.trusted, out=tmp_path, **SETTINGS | {"method": "combined"}
+        )
+    assert not (tmp_path / "pixels").exists()
+
+
 def textures(
     labels: npt.NDArray[np.int64], rng: np.random.Generator, side: int = 16
 ) -> npt.NDArray[np.uint8]:

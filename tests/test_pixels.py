@@ -13,7 +13,14 @@ from PIL import Image
 
 from sanitize.corpus import pixels
 from sanitize.corpus.index import build_index
-from sanitize.corpus.pixels import ImageError, choose_resolution, decode, decode_all, median_side
+from sanitize.corpus.pixels import (
+    ImageError,
+    SomeRows,
+    choose_resolution,
+    decode,
+    decode_all,
+    median_side,
+)
 from sanitize.corpus.sources import Source, expand
 from sanitize.progress import Silent
 
@@ -249,3 +256,23 @@ def test_median_side_is_that_of_the_readable_images(tmp_path: Path) -> None:
     only_corpus = case.index.slice(0, 31)
     assert median_side(case.sources, only_corpus, tmp_path) == 20
     assert median_side(case.sources, only_corpus.slice(30), tmp_path) is None
+
+
+def test_median_side_looks_at_shards_all_over(tmp_path: Path) -> None:
+    shards = {
+        f"{number}.tar": [
+            sample(f"k{i}", str(i % 2), seed=i, size=20 if number == 0 else 40) for i in range(9)
+        ]
+        for number, size in enumerate([20, 40, 40])
+    }
+    case = Case(tmp_path, shards)
+    assert median_side(case.sources, case.index.slice(0, 27), tmp_path) == 40
+
+
+def test_some_rows_are_indexed_like_an_array() -> None:
+    everything = noise(9, 4, 4, 3)
+    rows = np.array([1, 2, 5, 8])
+    some = SomeRows(everything, rows)
+    assert (len(some), some.shape) == (4, (4, 4, 4, 3))
+    for index in (slice(1, 3), np.array([3, 0]), np.array([True, False, True, False])):
+        np.testing.assert_array_equal(some[index], everything[rows][index])

@@ -71,6 +71,12 @@ def test_endings_give_the_compression(tmp_path: Path) -> None:
     ]
 
 
+def test_a_brace_list_longer_than_a_file_name_may_be(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    with pytest.raises(InputError, match=r"shard-with-a-long-name-0.tar does not exist"):
+        expand("{" + ",".join(f"shard-with-a-long-name-{number}.tar" for number in range(30)) + "}")
+
+
 def test_list_file_is_relative_to_its_folder(folder: Path) -> None:
     (folder / "list.txt").write_text("# comment\n\ndata-001.tar\ndata-{000..000}.tar\n")
     assert names(f"@{folder}/list.txt") == ["data-001.tar", "data-000.tar"]

@@ -44,7 +44,7 @@ def read_label(spec: str, members: Mapping[str, bytes]) -> str | None:
     if len(data) > MAX_MEMBER_BYTES:
         raise BadLabelError(f"label member of {len(data):,} bytes")
     try:
-        text = data.decode("utf-8")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise BadLabelError("not valid UTF-8") from None
     if spec.startswith("json:"):

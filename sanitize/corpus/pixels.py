@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,8 @@ from sanitize.rundir import create_array
 MAX_PIXELS = 50_000_000
 """A larger image is not decoded: a few of them would fill the memory of every core."""
 CHUNK_SAMPLES = 2_048
+MEASURED, MEASURED_SHARDS = 200, 4
+"""Images, and shards of which they are, whose size decides at which resolution a corpus is decoded."""
 SMALL_SIDE = 48
 """Up to this median short side a corpus counts as small images."""
 
@@ -88,19 +90,41 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+class SomeRows:
+    """Some rows of (N, R, R, 3) pixels, read when they are asked for; indexed along the first axis."""
+
+    def __init__(self, pixels: npt.NDArray[np.uint8], rows: npt.NDArray[np.intp]) -> None:
+        self._pixels, self._rows = pixels, rows
+        self.shape = (len(rows), *pixels.shape[1:])
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, rows: slice | npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+        found: npt.NDArray[np.uint8] = self._pixels[self._rows[rows]]
+        return found
+
+
 def median_side(sources: list[Source], table: pa.Table, scratch: Path) -> float | None:
-    """Median short side, in pixels, of the first 200 usable images; None if none can be read."""
-    rows = table.filter(pc.equal(table["status"], "ok")).slice(0, 200).to_pylist()
+    """Median short side, in pixels, of 200 usable images from four shards; None if none can be read."""
+    usable = table.filter(pc.equal(table["status"], "ok")).select(["shard", "image_offset", "image_size"])
     by_name = {source.name: source for source in sources}
     sides = []
-    for name in dict.fromkeys(row["shard"] for row in rows):
+    for name in _spaced(usable["shard"].unique().to_pylist(), MEASURED_SHARDS):
+        rows = usable.filter(pc.equal(usable["shard"], name)).to_pylist()
         with open_tar(by_name[name], scratch) as data:
-            for row in rows:
-                if row["shard"] == name:
-                    start = row["image_offset"]
-                    size = _size_of(bytes(data[start : start + row["image_size"]]))
-                    sides += [min(size)] if size else []
+            for row in _spaced(rows, MEASURED // MEASURED_SHARDS):
+                start = row["image_offset"]
+                size = _size_of(bytes(data[start : start + row["image_size"]]))
+                sides += [min(size)] if size else []
     return float(np.median(sides)) if sides else None
+
+
+def _spaced(values: list[Any], count: int) -> list[Any]:
+    """At most `count` of the values, the first and the last among them."""
+    if len(values) <= count:
+        return values
+    return [values[round(place)] for place in np.linspace(0, len(values) - 1, count)]
 
 
 def choose_resolution(side: float | None) -> int:

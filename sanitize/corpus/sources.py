@@ -136,7 +136,7 @@ def _resolve(piece: str, base: Path, allow_pipe: bool) -> list[str]:
         raise InputError("an empty shard name; give a folder, a glob, a brace list or a URL")
     if piece.startswith("@"):
         return _resolve_list(base / piece[1:], allow_pipe)
-    if not piece.startswith("pipe:") and "://" not in piece and (base / piece).expanduser().exists():
+    if not piece.startswith("pipe:") and "://" not in piece and os.path.exists((base / piece).expanduser()):
         return _resolve_local(base / piece)  # a path that exists is meant literally, braces and all
     try:
         alternatives = list(itertools.islice(braceexpand.braceexpand(piece), MAX_BRACES + 1))
@@ -175,11 +175,14 @@ def _resolve_list(path: Path, allow_pipe: bool) -> list[str]:
 
 def _resolve_local(path: Path) -> list[str]:
     path = path.expanduser()
-    if path.is_dir():
-        found = sorted(str(p) for p in path.iterdir() if _ending(p.name) and p.is_file())
+    if os.path.isdir(path):
+        try:
+            found = sorted(str(p) for p in path.iterdir() if _ending(p.name) and p.is_file())
+        except OSError as error:
+            raise InputError(f"{path}: cannot be listed ({error.strerror})") from None
         if not found:
             raise InputError(_nothing_in(path))
-    elif path.exists():
+    elif os.path.exists(path):
         found = [str(path)]
     elif _GLOB.search(str(path)):
         found = sorted(glob.glob(str(path), recursive=True))
@@ -485,6 +488,12 @@ def _zstd_chunks(reader: _Reader) -> Iterator[bytes]:
     raise _DamagedError("it ends early")
 
 
+SPAWNED = (
+    ". For shards that are read over a network, fresh processes import the script that called sanitize: "
+    'it must do its work under if __name__ == "__main__":'
+)
+
+
 def each_shard(
     function: Callable[[_Job], _Result], jobs: Sequence[_Job], workers: int, *, remote: bool = False
 ) -> Generator[_Result, None, None]:
@@ -510,9 +519,10 @@ def each_shard(
     try:
         yield from pool.map(function, jobs)
     except BrokenProcessPool:
+        advice = "" if fork else SPAWNED
         raise SanitizeError(
             "a worker process was killed, most likely because memory ran out; free some and run the same "
-            "command again"
+            f"command again{advice}"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)

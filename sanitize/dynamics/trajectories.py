@@ -31,7 +31,7 @@ def kept_epochs(epoch_loss: Sequence[float]) -> list[int]:
     three are always kept, as the authors' code does.
 
     Args:
-        epoch_loss: E mean training losses in nats.
+        epoch_loss: E mean losses of the training samples after each epoch, in nats.
 
     Returns:
         Indices of the kept epochs, ascending.

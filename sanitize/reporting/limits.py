@@ -63,7 +63,7 @@ def _resolution(manifest: dict[str, Any], training: dict[str, Any]) -> str:
             f"The proxy saw every picture at {side} × {side} pixels; half of the originals have a side of "
             f"{original:g} pixels or more. "
         )
-    if side and original and original <= side:
+    if side and original == side:
         looked = f"The proxy saw the pictures at their own size, {side} × {side} pixels for most. "
     return looked + (
         "A mark finer than that fades or vanishes when a picture is scaled down: a model trained at full "

@@ -235,7 +235,7 @@ def _losses(facts: Facts) -> str:
     left_out = ""
     if bands["left_out"]:
         epochs = ", ".join(str(epoch + 1) for epoch in bands["left_out"])
-        left_out = f" Epoch {epochs} is left out of the scores: the training loss jumped there."
+        left_out = f" Epoch {epochs} is left out of the scores: the mean loss jumped there."
     return (
         f'<section><h2>How the samples were learned</h2><figure class="plot"><ul class="legend">{legend}</ul>'
         f"{responsive(bands_plot, bands)}<figcaption>Cross-entropy in nats on a log scale: the line is "
@@ -348,7 +348,7 @@ def _epochs(training: Facts) -> str:
         for e, loss in enumerate(losses)
     )
     return (
-        '<table><thead><tr><th class="num">epoch</th><th class="num">training loss</th><th '
+        '<table><thead><tr><th class="num">epoch</th><th class="num">mean loss</th><th '
         'class="num">accuracy</th>'
         f"<th></th></tr></thead><tbody>{body}</tbody></table>"
     )

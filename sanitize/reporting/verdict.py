@@ -7,6 +7,7 @@ import shlex
 from sanitize.reporting.facts import Facts
 from sanitize.reporting.text import listed, number_of, percent, rounded, shorten, visible
 from sanitize.rundir import RunDir
+from sanitize.scores.decide import least_alpha
 
 
 def judge(run: RunDir, facts: Facts) -> Facts:
@@ -140,7 +141,7 @@ def _next_steps(code: str, run: RunDir, facts: Facts, where_known: bool) -> list
     train = "rain on the shards in kept/, not on the original ones."
     if missed:
         return [*texts, _decide_larger(run, facts, missed), {"text": f"After that, t{train}"}]
-    return [*texts, {"text": f"T{train}"}, _decide_again(run, facts["decision"])]
+    return [*texts, {"text": f"T{train}"}, _decide_again(run, facts)]
 
 
 def _decide_larger(run: RunDir, facts: Facts, missed: int) -> Facts:
@@ -156,28 +157,46 @@ def _decide_larger(run: RunDir, facts: Facts, missed: int) -> Facts:
     if missed > capped:
         budget = min(2 * budget, (1 + budget) / 2)
         spared_by.append(f"the budget (--{option})")
-    caps = "--no-class-cap" if cap is None else f"--class-cap {cap:g}"
     return {
         "text": f"{number_of(missed, 'member')} of the suspected attacks stayed in kept/: "
         f"{listed(spared_by)} spared {'it' if missed == 1 else 'them'}. Decide again with a larger one. It "
-        "takes seconds, without training, and everything taken out is in quarantine/, byte for byte.",
-        "command": f"{_filter(run, decision)} --{option} {budget:g} {caps}",
+        "trains nothing and writes the shards anew; everything taken out is in quarantine/, byte for byte.",
+        "command": f"{_filter(run, decision)} --{option} {budget:g} {_cap_option(cap)}",
     }
 
 
-def _decide_again(run: RunDir, decision: Facts) -> Facts:
+def _decide_again(run: RunDir, facts: Facts) -> Facts:
+    decision = facts["decision"]
     option = "reject" if decision.get("reject") is not None else "alpha"
-    half = max((decision.get(option) or 0.1) / 2, 0.01)
+    budget = max((decision.get(option) or 0.1) / 2, 0.01)
+    if option == "alpha":
+        budget = max(budget, least_alpha(facts["counts"]["trusted"]))
+    command = f"{_filter(run, decision)} --{option} {budget:g}"
+    if decision.get("class_cap") != _scanned(run).get("class_cap"):
+        command += f" {_cap_option(decision.get('class_cap'))}"
     return {
-        "text": "Too much or too little taken out? Decide again in seconds, without training. Everything "
-        "taken out is in quarantine/, byte for byte.",
-        "command": f"{_filter(run, decision)} --{option} {half:g}",
+        "text": "Too much or too little taken out? Decide again: it trains nothing and writes the shards "
+        "anew. Everything taken out is in quarantine/, byte for byte.",
+        "command": command,
     }
+
+
+def _cap_option(cap: float | None) -> str:
+    return "--no-class-cap" if cap is None else f"--class-cap {cap:g}"
 
 
 def _filter(run: RunDir, decision: Facts) -> str:
     """The command for another decision by the same method, which goes without saying if it is the scan's."""
     command = f"sanitize filter {shlex.quote(str(run.path))}"
-    scanned = ((run.manifest.get("config") or {}).get("decision") or {}).get("method")
     method = decision.get("method")
-    return command if method is None or method == scanned else f"{command} --method {method}"
+    if method not in (None, _scanned(run).get("method")):
+        command += f" --method {method}"
+    if any(str(shard.get("url")).startswith("pipe:") for shard in run.manifest.get("shards") or []):
+        command += " --allow-pipe"
+    return command
+
+
+def _scanned(run: RunDir) -> Facts:
+    """The decision that the scan was told to make."""
+    found: Facts = (run.manifest.get("config") or {}).get("decision") or {}
+    return found

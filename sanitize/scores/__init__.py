@@ -17,7 +17,7 @@ import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +30,19 @@ if TYPE_CHECKING:
 _HELPERS = {"decide", "knn", "features", "network", "views"}
 
 
-def _no_images() -> npt.NDArray[np.uint8]:
+class Images(Protocol):
+    """(N, H, W, 3) uint8: an array, a memmap, or some rows of one that are read when they are asked for."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, H, W, 3)"""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: Any, /) -> Any: ...
+
+
+def _no_images() -> Images:
     raise InputError("this method looks at the images, and none were given; score a run folder of a scan")
 
 
@@ -61,8 +73,8 @@ class ScoreInputs:
     """(N,) True for trusted samples."""
     seed: int
     gpu: bool = False
-    """Whether FAISS may use the GPU."""
-    images: Callable[[], npt.NDArray[np.uint8]] = _no_images
+    """Whether FAISS and frequency analysis may use the GPU."""
+    images: Callable[[], Images] = _no_images
     """Gives (N, H, W, 3) images of the same samples at the proxy's resolution."""
     activations: Callable[[], npt.NDArray[np.float32]] = _no_activations
     """Gives (N, D) inputs of the trained proxy's last layer, in eval mode."""

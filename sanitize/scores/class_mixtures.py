@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from sanitize.config import MIN_CLASS_TRUSTED
 from sanitize.scores import Evidence, Group, ScoreInputs, mahalanobis, views
 from sanitize.scores.features import FOLDS, early_log_loss
 
@@ -40,8 +41,11 @@ MAX_SHARE = 0.6
 """Above it the search has found the class and not the group."""
 DEPLETED = 0.25
 """A group that is natural holds trusted samples as often as its class does. It is reported only if it holds
-at most this share of the trusted samples expected there; in a class without any, nothing is reported."""
+at most this share of the trusted samples expected there; with fewer trusted samples of its class than
+MIN_CLASS_TRUSTED that says too little, and nothing is reported."""
 _CLASS_SAMPLES = 20_000
+SAMPLE_BYTES = 5 * 4 * 3 * 32**2
+"""Memory for each sample of the largest class: its pixels as float32, about five times over."""
 
 
 def score(inputs: ScoreInputs) -> Floats:
@@ -129,9 +133,12 @@ def _groups(
 ) -> list[Group]:
     """Groups of one class; what is found is taken out and the rest looked at again, for the next attack."""
     found: list[Group] = []
+    if inputs.trusted[rows].sum() < MIN_CLASS_TRUSTED:
+        return found
     left = np.arange(len(rows))
     while len(left) >= LEAST_SAMPLES:
-        splits = _splits(values[left], [hint[left] for hint in hints], inputs.seed)
+        own = values if len(left) == len(rows) else values[left]
+        splits = _splits(own, [hint[left] for hint in hints], inputs.seed)
         groups = [_group(split, rows[left], inputs, signal) for split in splits]
         accepted = [group for group in groups if group is not None]
         if not accepted:
@@ -151,7 +158,7 @@ def _group(split: _Split, rows: npt.NDArray[np.intp], inputs: ScoreInputs, signa
         return None
     trusted = inputs.trusted[rows]
     held = int(trusted[members].sum())
-    if not trusted.any() or held > DEPLETED * trusted.mean() * len(members):
+    if held > DEPLETED * trusted.mean() * len(members):
         return None
     order = np.argsort(rows[members])
     return Group(

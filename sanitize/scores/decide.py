@@ -80,8 +80,13 @@ def check_alpha(alpha: float | None, trusted: int) -> None:
     if alpha is not None and alpha < 1 / (trusted + 1):
         raise InputError(
             f"--alpha {alpha:g} needs at least {math.ceil(1 / alpha) - 1} usable trusted samples and there "
-            f"are {trusted}; take --alpha {math.ceil(1000 / (trusted + 1)) / 1000:g} or more, or --reject"
+            f"are {trusted}; take --alpha {least_alpha(trusted):g} or more, or --reject"
         )
+
+
+def least_alpha(trusted: int) -> float:
+    """The smallest alpha that `check_alpha` takes, rounded up to a thousandth."""
+    return math.ceil(1000 / (trusted + 1)) / 1000
 
 
 def conformal_p_values(

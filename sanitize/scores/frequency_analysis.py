@@ -45,7 +45,8 @@ def score(inputs: ScoreInputs) -> npt.NDArray[np.float32]:
         rows = np.flatnonzero(inputs.trusted & (fold != held_out))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(inputs.seed + held_out)
-            detector = _Detector(_to_float(images[rows]), np.random.default_rng([inputs.seed, held_out]))
+            rng = np.random.default_rng([inputs.seed, held_out])
+            detector = _Detector(_to_float(images[rows]), rng, inputs.gpu)
         judged = np.flatnonzero(fold == held_out)
         for start in range(0, len(judged), _JUDGE_BATCH):
             batch = judged[start : start + _JUDGE_BATCH]
@@ -69,11 +70,11 @@ def spectrum(images: Images) -> npt.NDArray[np.float32]:
 class _Detector:
     """A small convolutional network on standardised spectra, trained when it is made."""
 
-    def __init__(self, clean: Images, rng: np.random.Generator) -> None:
+    def __init__(self, clean: Images, rng: np.random.Generator, gpu: bool) -> None:
         import torch
         from torch.nn import functional
 
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = torch.device("cuda" if gpu and torch.cuda.is_available() else "cpu")
         logs = spectrum(clean)
         self._mean, self._std = logs.mean(axis=0), logs.std(axis=0) + np.float32(1e-3)
         self._network = _network().to(self._device)

@@ -52,9 +52,9 @@ def in_spreads(values: npt.NDArray[np.float32], class_id: npt.NDArray[np.int32])
     """
     scaled = np.empty_like(values)
     everywhere = _lower_spread(values)
-    for label in np.unique(class_id):
-        rows = class_id == label
-        share = rows.sum() / (rows.sum() + FEW)
+    order = np.argsort(class_id, kind="stable")
+    for rows in np.split(order, np.flatnonzero(np.diff(class_id[order])) + 1):
+        share = len(rows) / (len(rows) + FEW)
         spread = share * _lower_spread(values[rows]) + (1 - share) * everywhere
         scaled[rows] = (values[rows] - np.median(values[rows])) / max(spread, 1e-6)
     return scaled

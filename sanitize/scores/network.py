@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sanitize.errors import UsageError
+from sanitize.scores import Images
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +37,7 @@ def fast(device: torch.device) -> AbstractContextManager[None]:
     return found
 
 
-def batches(network: nn.Module, images: npt.NDArray[np.uint8]) -> Iterator[tuple[slice, torch.Tensor]]:
+def batches(network: nn.Module, images: Images) -> Iterator[tuple[slice, torch.Tensor]]:
     """Slices of (N, H, W, 3) uint8 images, and the same as (B, 3, H, W) float32 in [0, 1] on the device."""
     for start in range(0, len(images), BATCH):
         rows = slice(start, min(start + BATCH, len(images)))
@@ -96,7 +97,7 @@ def features(network: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
     return seen[0].flatten(1).float()
 
 
-def block_activations(network: nn.Module, images: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.float32]]:
+def block_activations(network: nn.Module, images: Images) -> list[npt.NDArray[np.float32]]:
     """Mean and maximum over the positions of each early block's channels.
 
     An early block is the last module whose output has a given side, from a quarter of the image's to below

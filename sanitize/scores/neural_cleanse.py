@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from sanitize.scores import ScoreInputs
+from sanitize.scores import Images, ScoreInputs
 from sanitize.scores.network import batches, device_of, features, pixels_of
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def score(inputs: ScoreInputs) -> npt.NDArray[np.float32]:
 
 def firing(
     network: nn.Module,
-    images: npt.NDArray[np.uint8],
+    images: Images,
     clean: npt.NDArray[np.uint8],
     mask: torch.Tensor,
     pattern: torch.Tensor,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from sanitize.scores import ScoreInputs
+from sanitize.scores import Images, ScoreInputs
 from sanitize.scores.network import batches, device_of, features, pixels_of
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def score(inputs: ScoreInputs) -> npt.NDArray[np.float32]:
 
 def with_classes_apart(
     network: nn.Module,
-    images: npt.NDArray[np.uint8],
+    images: Images,
     class_id: npt.NDArray[np.int32],
     rng: np.random.Generator,
 ) -> nn.Module:
