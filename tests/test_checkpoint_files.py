@@ -49,6 +49,7 @@ WRAPPINGS: dict[str, Any] = {
         "optimizer_states": [{"state": {}, "param_groups": []}],
         "hyper_parameters": {"lr": 0.1},
     },
+    "lightning net": {"state_dict": prefixed("net.", STATE)},
     "nested": {"checkpoint": {"weights_of_step_7": prefixed("_orig_mod.module.", STATE)}},
     "half": OrderedDict((k, v.half() if v.is_floating_point() else v) for k, v in STATE.items()),
     "bfloat16": OrderedDict((k, v.bfloat16() if v.is_floating_point() else v) for k, v in STATE.items()),

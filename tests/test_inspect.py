@@ -375,7 +375,7 @@ def test_an_internal_repair_that_changes_nothing_is_said(monkeypatch: pytest.Mon
     monkeypatch.setattr(inspect_module, "_repaired", lambda classifier, *rest: classifier)
     found = inspect_classifier(model(backdoor=4.0), images(), config(method="calibrated-trigger-inversion"))
     assert found.verdict.score == 0
-    assert "changed no answer" in found.notes[0]
+    assert "No rebuilt trigger does anything else" in found.notes[0]
 
 
 def test_a_mask_that_turns_nothing_is_no_small_mask() -> None:
@@ -390,3 +390,63 @@ def test_a_mask_that_turns_nothing_is_no_small_mask() -> None:
     found = inspect_module._anomalies({"neural-cleanse": made}, 6, images=40)
     assert found["mask-size"].argmax() != 3
     assert found["mask-size"][3] == found["mask-size"].min()
+
+
+def rebuilt(success: list[float], size: list[int]) -> Triggers:
+    """One mask a class, of so many full pixels, that works so often."""
+    mask = np.zeros((len(size), SIDE, SIDE, 1), np.float32)
+    for row, pixels in enumerate(size):
+        mask[row].reshape(-1)[:pixels] = 1
+    return Triggers(
+        classes=np.arange(len(size)),
+        mask=mask,
+        pattern=np.zeros((len(size), SIDE, SIDE, 3), np.float32),
+        success=np.array(success, np.float32),
+    )
+
+
+def test_masks_of_which_most_do_not_work_say_nothing() -> None:
+    sizes = [9, 4, 8, 10, 9]
+    few = inspect_module._anomalies({"neural-cleanse": rebuilt([0.3, 0.9, 0.4, 0.6, 0.2], sizes)}, 5, 100)
+    assert not few["mask-size"].any()
+    assert not few["neural-cleanse"].any()
+    most = inspect_module._anomalies({"neural-cleanse": rebuilt([0.9, 0.9, 0.4, 0.6, 0.6], sizes)}, 5, 100)
+    assert most["mask-size"].argmax() == 1
+    assert most["mask-size"][2] < 0, "its mask does not work, so that it counts as the whole image"
+
+
+@pytest.mark.parametrize(
+    ("success", "says"),
+    [([0.99, 0.98, 1.0, 0.99], False), ([0, 0, 0.05, 0], False), ([0.3, 0.4, 0.9, 0.4], True)],
+)
+def test_universal_changes_without_a_common_norm_say_nothing(success: list[float], says: bool) -> None:
+    made = {"universal": rebuilt(success, [1] * 4)}
+    found = inspect_module._anomalies(made, 4, 100)["universal"]
+    assert found.any() == says
+    notes = inspect_module._notes(model(), images(), images(), made, 0.9, None)
+    assert any("left out of the score" in note for note in notes) != says
+
+
+def test_margins_of_many_classes_only_where_they_are_asked_for() -> None:
+    seconds: dict[str, float] = {}
+    assert set(inspect_module._quick(model(), False, 0, seconds, Silent())) == {"head"}
+    assert set(seconds) == {"head"}
+
+
+def test_classes_by_number_and_names_that_are_there_twice() -> None:
+    named = model(names=["tench, Tinca tinca", "crane", "crane", "a", "b", "c"])
+    assert parse_classes("0,5", named) == (0, 5)
+    assert parse_classes("a,c", named) == (3, 5)
+    with pytest.raises(UsageError, match="several classes 'crane'; give their numbers"):
+        parse_classes("a,crane", named)
+    numbers = model(names=["10", "11", "12", "13", "14", "15"])
+    assert parse_classes("11,15", numbers) == (1, 5)
+
+
+def test_a_quick_alarm_asks_for_a_closer_look_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    anything = inspect_module.Threshold(value=-1e9, calibration="a test")
+    monkeypatch.setitem(inspect_module.THRESHOLDS, "quick", anything)
+    facts = audit(model(), None, config(method="quick"), tmp_path, "m.pt", Silent()).facts
+    (advice,) = facts["verdict"]["next"]
+    assert advice["command"] == "sanitize inspect m.pt --trusted CLEAN"
+    assert "below" not in advice["text"]

@@ -7,7 +7,7 @@ import torch
 from small_models import images, trained
 from torch.nn import functional
 
-from sanitize.checkpoints.pivotal_tuning import Settings, mean_squared_distance, slol, start
+from sanitize.checkpoints.pivotal_tuning import LARGE, Settings, mean_squared_distance, slol, start
 from sanitize.checkpoints.tuning import Schedule, Task, tune
 from sanitize.progress import Silent
 
@@ -73,3 +73,16 @@ def test_the_pull_holds_the_weights_and_slol_turns_the_features() -> None:
     _, straight = after(0.0, 0.0)
     assert held < free / 2
     assert turned < straight - 0.8  # 5.9 and 7.0 on two cores
+
+
+def test_many_classes_weigh_no_more_than_ten() -> None:
+    torch.manual_seed(0)
+    frozen, tuned, labels = torch.rand(60, 8), torch.rand(60, 8), torch.arange(60)
+    whole = slol(frozen, tuned, labels)
+    assert slol(frozen, tuned, labels, 45).item() == pytest.approx(
+        whole.item() * 45 / (60 * 59 / 2), rel=1e-4
+    )
+    few = slice(0, 10)
+    assert slol(frozen[few], tuned[few], labels[few], 45) == slol(frozen[few], tuned[few], labels[few])
+    assert Settings().latent_pairs == 45
+    assert LARGE.latent_pairs is None, "as published"

@@ -11,6 +11,8 @@ from small_models import CLASSES, images, success, trained
 
 from sanitize.checkpoints import tuning
 from sanitize.checkpoints.classifier import Classifier
+from sanitize.checkpoints.fine_pruning import last_convolution
+from sanitize.checkpoints.neural_attention_distillation import stage_names
 from sanitize.checkpoints.repair import RepairConfig, Repaired, methods, repair_classifier, settings_of
 from sanitize.checkpoints.trusted import TrustedImages
 from sanitize.checkpoints.tuning import accuracy
@@ -79,20 +81,21 @@ def test_the_change_of_accuracy_is_measured_image_by_image() -> None:
     found = tuning.changed(before, np.array([0.8, 0.6, 0.2, 0.6]))
     assert found.accuracy == pytest.approx(0.55)
     assert found.change == pytest.approx(-0.1)
-    assert found.standard_error == pytest.approx(np.std([-0.2, 0, 0.2, -0.4], ddof=1) / 2)
+    assert found.standard_error == 0.25  # of one changed image; the spread alone would be 0.13
     assert found.confidence(0.1) == pytest.approx(0.5)
     assert found.within(0.0)
     assert not tuning.Change(0.5, -0.2, 0.1).within(0.09)
 
 
-def test_without_a_standard_error_the_limit_is_the_limit() -> None:
-    same = tuning.changed(np.ones(5), np.ones(5))
-    assert (same.change, same.standard_error) == (0, 0)
+def test_images_that_did_not_change_do_not_make_it_certain() -> None:
+    same = tuning.changed(np.ones(50), np.ones(50))
+    assert (same.change, same.standard_error) == (0, 0.02)
     assert same.within(0.0)
-    assert same.confidence(0.0) == 1
-    all_lost = tuning.changed(np.ones(5), np.zeros(5))
-    assert not all_lost.within(0.99)
-    assert all_lost.confidence(0.99) == 0
+    assert same.confidence(0.0) == pytest.approx(0.5)
+    assert same.confidence(0.02) == pytest.approx(0.841, abs=0.001)
+    all_lost = tuning.changed(np.ones(50), np.zeros(50))
+    assert not all_lost.within(0.95)
+    assert all_lost.confidence(0.9) < 1e-6
 
 
 def test_a_held_out_image_is_judged_moved_by_a_pixel_each_way() -> None:
@@ -210,3 +213,40 @@ def test_networks_without_convolutions_are_told_what_to_take() -> None:
     for method in ("fine-pruning", "nad"):
         with pytest.raises(UsageError, match=r"plain has no .*; take pivotal-tuning"):
             repair_classifier(plain, images(40, 5), RepairConfig(method=method))
+
+
+def test_a_transformer_has_one_convolution_and_that_is_not_pruned() -> None:
+    from torchvision.models import VisionTransformer
+
+    network = VisionTransformer(16, 4, 1, 2, 32, 32, num_classes=CLASSES)
+    vit = Classifier(
+        network, head="heads.head", resolution=16, mean=[0.5] * 3, std=[0.5] * 3, architecture="vit"
+    )
+    with pytest.raises(UsageError, match="no second convolution"):
+        last_convolution(vit, [torch.rand(2, 3, 16, 16)])
+
+
+def test_attention_is_taken_at_the_ends_of_stages() -> None:
+    from torchvision.models import resnet50
+
+    network = resnet50(num_classes=CLASSES)
+    classifier = Classifier(
+        network, head="fc", resolution=64, mean=[0.5] * 3, std=[0.5] * 3, architecture="resnet50"
+    )
+    assert stage_names(classifier, torch.rand(1, 3, 64, 64)) == [
+        "relu",
+        "layer1",
+        "layer2",
+        "layer3",
+        "layer4",
+    ]
+
+
+def test_auxiliary_heads_are_left_alone() -> None:
+    from torchvision.models import GoogLeNet
+
+    network = GoogLeNet(num_classes=CLASSES, aux_logits=True, init_weights=False)
+    classifier = Classifier(
+        network, head="fc", resolution=96, mean=[0.5] * 3, std=[0.5] * 3, architecture="googlenet"
+    ).train()
+    assert classifier(torch.rand(2, 3, 96, 96)).shape == (2, CLASSES)

@@ -189,3 +189,15 @@ def test_the_help_names_every_method() -> None:
     from sanitize.cli import REPAIRS
 
     assert ", ".join(methods()) == REPAIRS
+
+
+def test_what_a_repair_without_a_result_left_is_written_over(tmp_path: Path) -> None:
+    out = tmp_path / "fixed.safetensors"
+    nothing = repaired(
+        out, settings={"steps": 5, "measure_every": 5, "learning_rate": 5.0}, max_accuracy_loss=0
+    )
+    assert not nothing.repaired
+    assert not out.exists()
+    assert repaired(out).repaired
+    with pytest.raises(UsageError, match="is there already"):
+        repaired(out)

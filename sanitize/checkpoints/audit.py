@@ -185,6 +185,14 @@ def sentence(found: Inspection, label: str) -> str:
 
 def _next(found: Inspection, given: str) -> list[dict[str, str]]:
     """What to do now; `given` is what every command line here begins with."""
+    if found.verdict.backdoored and found.verdict.method == "quick":
+        return [
+            {
+                "text": "Do not deploy it as it is. The quick look is often wrong both ways: rebuild "
+                "triggers and see what they look like:",
+                "command": f"sanitize inspect {given}",
+            }
+        ]
     if found.verdict.backdoored:
         return [
             {
@@ -206,7 +214,8 @@ def _next(found: Inspection, given: str) -> list[dict[str, str]]:
     return [
         {
             "text": "This does not prove the model clean: see below what it cannot tell. Where a backdoor "
-            "would do harm, repair a copy all the same; it costs minutes and a stated loss of accuracy:",
+            "would do harm, repair a copy all the same: it takes minutes, says what it cost, and may end "
+            "without one that kept its accuracy:",
             "command": f"sanitize repair {given} --out FIXED",
         }
     ]

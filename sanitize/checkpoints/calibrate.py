@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from sanitize.checkpoints.classifier import Classifier
 from sanitize.checkpoints.planting import ATTACK, plant, success
-from sanitize.checkpoints.repair import RepairConfig, repair_classifier
+from sanitize.checkpoints.repair import LARGE_HEAD, RepairConfig, repair_classifier
 from sanitize.checkpoints.trusted import TrustedImages, split
 from sanitize.progress import Progress, Silent
 
@@ -21,6 +21,16 @@ GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
     "neural-cleanse": {"learning_rate": (0.01, 0.003, 0.001)},
 }
 """Settings that are tried, every combination; within the ranges of the paper's appendix A.5."""
+_RATES = (1e-3, 5e-4, 1e-4)
+LARGE_GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
+    "pivotal-tuning": {"latent_weight": (1e-4, 1e-5, 1e-6), "learning_rate": (5e-4, 1e-4)},
+    "pivotal-unlearning": {"learning_rate": _RATES},
+    "weight-decay": {"weight_decay": (0.01, 0.001), "learning_rate": (5e-4, 1e-4)},
+    "fine-pruning": {"prune_ratio": (0.5, 0.73, 0.9)},
+    "nad": GRIDS["nad"],
+    "neural-cleanse": {"learning_rate": _RATES},
+}
+"""For heads of LARGE_HEAD classes or more; not measured."""
 
 
 class Calibrated(NamedTuple):
@@ -48,7 +58,7 @@ def calibrate(
     work, held_out = split(trusted, config.held_out_ratio, config.seed)
     planted = plant(classifier, work, held_out, config.seed, progress)
     trials: list[dict[str, Any]] = []
-    for settings in combinations(config.method):
+    for settings in combinations(config.method, classifier.classes):
         repaired = repair_classifier(
             planted.classifier, trusted, replace(config, settings={**config.settings, **settings}), progress
         )
@@ -72,7 +82,7 @@ def calibrate(
     return Calibrated(chosen, facts)
 
 
-def combinations(method: str) -> list[dict[str, float]]:
-    """Every combination of a method's grid."""
-    grid = GRIDS[method]
+def combinations(method: str, classes: int) -> list[dict[str, float]]:
+    """Every combination of a method's grid for a head of that size."""
+    grid = (LARGE_GRIDS if classes >= LARGE_HEAD else GRIDS)[method]
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]

@@ -85,7 +85,9 @@ class Classifier(nn.Module):
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """(B, C) logits of (B, 3, R, R) float32 pixels in [0, 1]."""
-        logits: torch.Tensor = self.network((pixels - self.mean) / self.std)
+        found = self.network((pixels - self.mean) / self.std)
+        # GoogLeNet and Inception with auxiliary heads give more than logits in training
+        logits: torch.Tensor = getattr(found, "logits", found)
         return logits
 
     def embed(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

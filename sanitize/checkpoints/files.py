@@ -52,7 +52,7 @@ _WRAPPERS = (
 """Keys that weights lie under in training checkpoints, the averaged ones first, as timm takes them."""
 _DEPTH = 3
 """Dictionaries in dictionaries that are looked through."""
-_PREFIXES = ("module.", "_orig_mod.", "model.", "network.")
+_PREFIXES = ("module.", "_orig_mod.", "model.", "network.", "net.", "backbone.")
 _COUNTERS = ("n_averaged",)
 """What torch.optim.swa_utils.AveragedModel adds beside the names it prefixes."""
 _QUANTISED = re.compile(

@@ -38,7 +38,7 @@ def start(
     """Reset the channels of the last convolution with the lowest mean absolute activation, and fine-tune.
 
     Raises:
-        UsageError: the network has no convolution.
+        UsageError: the network has one convolution or none.
 
     Source: Liu et al., RAID 2018; Lukas and Kerschbaum, arXiv 2305.09671, appendix A.3 and table 5. The
     paper speaks of every convolution; with 96 % of the channels of all of them gone nothing is left to tune,
@@ -77,8 +77,10 @@ def last_convolution(model: Classifier, batches: list[torch.Tensor]) -> tuple[nn
             model(pixels)
     for hook in hooks:
         hook.remove()
-    if not ran:
+    if len(activity) < 2:  # the only one of a transformer cuts its patches
+        second = "second " if ran else ""
         raise UsageError(
-            f"--method fine-pruning: {model.architecture} has no convolution to prune; take pivotal-tuning"
+            f"--method fine-pruning: {model.architecture} has no {second}convolution to prune; "
+            "take pivotal-tuning"
         )
     return ran[-1], torch.stack(activity[ran[-1]]).mean(dim=0)

@@ -10,16 +10,18 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 
+from sanitize.checkpoints import quick_statistics
 from sanitize.checkpoints.classifier import Classifier
-from sanitize.checkpoints.pivotal_tuning import Settings, start
+from sanitize.checkpoints.pivotal_tuning import start
 from sanitize.checkpoints.quick_statistics import head_indicators, largest_margins, robust_z
-from sanitize.checkpoints.repair import check
+from sanitize.checkpoints.repair import check, settings_of
 from sanitize.checkpoints.trigger_inversion import (
+    WORKS,
     InversionConfig,
     Triggers,
     calibrated_triggers,
@@ -51,11 +53,13 @@ Pivotal Unlearning resists universal changes: every class then has a trigger tha
 REPAIR_WEAK = 0.1
 """Accuracy lost in the internal repair from which on the report calls the comparison weak."""
 LONG_S = 60.0
-"""From this many seconds on, the cost is stated before triggers are rebuilt."""
+"""From this many seconds on, the cost is stated beforehand."""
+MOST_MARGINS = 100
+"""Classes up to which margins are looked at where nothing asks for them; 1,000 take a million passes."""
 FEWEST_CLASSES = 5
 """Below this many, "unlike the other classes" means little."""
-WORKS = 0.5
-"""Share of held-out images that a mask has to turn to count by its size."""
+COMMON = (0.1, 0.9)
+"""Success of the median class's universal change between which the classes can be compared."""
 FEWEST_HELD_OUT, FEWEST_TRUSTED = 60, 200
 """Below so many held-out images shares are too coarse to compare classes by; so many trusted ones do."""
 COMPARING = ("combined", "universal-changes", "neural-cleanse")
@@ -83,7 +87,9 @@ _PATCHES = "5 of 8 backdoors (every patch, nothing that is spread over the image
 THRESHOLDS = {
     "combined": Threshold(value=0.62, calibration=_measured(_PATCHES, 0)),
     "universal-changes": Threshold(value=0.75, calibration=_measured(_PATCHES, 2)),
-    "calibrated-trigger-inversion": Threshold(value=0.65, calibration=_measured("3 of 8 backdoors", 2)),
+    "calibrated-trigger-inversion": Threshold(
+        value=0.65, calibration=_measured("3 of 8 backdoors (the right class of one)", 2)
+    ),
     "neural-cleanse": Threshold(value=2.0, calibration=_measured("4 of 8 backdoors", 1)),
     "quick": Threshold(value=3.3, calibration=_measured("3 of 8 backdoors", 1)),
 }
@@ -176,14 +182,15 @@ def inspect_classifier(
     else:
         check(classifier, trusted)
     seconds: dict[str, float] = {}
-    found = _quick(classifier, config.seed, seconds, progress)
+    asked = config.method == "quick" or isinstance(config.classes, int)
+    found = _quick(classifier, asked or classifier.classes <= MOST_MARGINS, config.seed, seconds, progress)
     triggers: dict[str, Triggers] = {}
     held_out = model_accuracy = repaired_accuracy = None
     if trusted is not None:
         work, held_out = split(trusted, config.held_out_ratio, config.seed)
         model_accuracy = accuracy(classifier, held_out)
         if config.method != "quick":
-            classes = _chosen(classifier, config.classes, combine(found, "quick"))
+            classes = _chosen(classifier, config.classes, found)
             _check_enough(classes, classifier, config.method)
             triggers, repaired_accuracy = _rebuilt(
                 classifier, work, held_out, classes, config, seconds, progress
@@ -220,11 +227,18 @@ def combine(found: dict[str, Scores], method: str) -> Scores:
 
 
 def _quick(
-    classifier: Classifier, seed: int, seconds: dict[str, float], progress: Progress
+    classifier: Classifier, margins: bool, seed: int, seconds: dict[str, float], progress: Progress
 ) -> dict[str, Scores]:
     """The statistics that need no images."""
     with _timed(seconds, "head"):
         head = np.max([robust_z(values) for values in head_indicators(classifier).values()], axis=0)
+    if not margins:
+        return {"head": head}
+    expected_s = quick_statistics.estimated_s(classifier)
+    if expected_s > LONG_S:
+        progress.note(
+            f"margins of {classifier.classes:,} classes: about {expected_s / 60:.0f} min on this device"
+        )
     with _timed(seconds, "margin"), progress.stage("margins", classifier.classes, "classes") as advance:
         margin = robust_z(largest_margins(classifier, seed, advance))
     return {"head": head, "margin": margin}
@@ -274,12 +288,15 @@ def _repaired(
     progress: Progress,
 ) -> Classifier:
     """A copy after a short Pivotal Tuning: it shares the model's weaknesses, backdoors are weakened."""
+    settings = settings_of("pivotal-tuning", classifier.classes, {})
     schedule = Schedule(
-        steps=config.repair_steps, learning_rate=REPAIR_RATE, measure_every=config.repair_steps
+        steps=config.repair_steps,
+        learning_rate=min(REPAIR_RATE, settings.schedule.learning_rate),
+        measure_every=config.repair_steps,
     )
     # whatever it costs: the copy is only compared with, and accuracy dips at first and comes back
     task = Task(work=work, held_out=held_out, max_accuracy_loss=1.0, seed=config.seed)
-    started = start(classifier, work, Settings(schedule=schedule), config.seed, progress)
+    started = start(classifier, work, replace(settings, schedule=schedule), config.seed, progress)
     return tune(classifier, started, schedule, task, progress).model
 
 
@@ -289,9 +306,11 @@ def _anomalies(triggers: dict[str, Triggers], classes: int, images: int) -> dict
     ``neural-cleanse``: the anomaly index of Wang et al., by `robust_z` of the mask's size below the median.
     ``mask-size``: how many times smaller than the median mask, as log2. The index divides by the spread of
     ten or so sizes; where these happen to agree, the class with the easiest natural trigger is an outlier.
+    Both are 0 for all where most masks do not work: there is nothing to compare with.
 
     ``universal``: log-odds of the success of a change of the common norm, less their median; success is kept
-    half an image of `images` away from none and all.
+    half an image of `images` away from none and all. 0 for all where there was no such norm (`COMMON`): next
+    to none and all the log-odds of any class may be anything.
 
     ``calibrated``: success on the model minus success on the repaired copy, in [-1, 1]. The source is
     ambiguous here: algorithm 4, line 13, subtracts the accuracy that the repaired model keeps, which would
@@ -302,13 +321,16 @@ def _anomalies(triggers: dict[str, Triggers], classes: int, images: int) -> dict
     for name, made in triggers.items():
         if name == "neural-cleanse":
             size = made.mask.sum(axis=(1, 2, 3), dtype=np.float64) + 1e-9
-            size[made.success < WORKS] = made.mask[0].size  # a mask that turns no images is not a small one
+            if _most_work(made):
+                size[made.success < WORKS] = made.mask[0].size  # what turns no images is not a small mask
+            else:
+                size[:] = 1.0
             own = {"neural-cleanse": robust_z(-size), "mask-size": np.log2(np.median(size) / size)}
         elif name == "universal":
             bound = 0.5 / images
             rate = np.clip(made.success.astype(np.float64), bound, 1 - bound)
             log_odds = np.log(rate / (1 - rate))
-            own = {"universal": log_odds - np.nanmedian(log_odds)}
+            own = {"universal": (log_odds - np.nanmedian(log_odds)) * _at_a_common_norm(made)}
         else:
             assert made.repaired_success is not None
             own = {"calibrated": (made.success - made.repaired_success).astype(np.float64)}
@@ -318,12 +340,22 @@ def _anomalies(triggers: dict[str, Triggers], classes: int, images: int) -> dict
     return found
 
 
-def _chosen(classifier: Classifier, asked: int | tuple[int, ...] | None, quick: Scores) -> list[int]:
+def _most_work(masks: Triggers) -> bool:
+    return float(np.nanmedian(masks.success)) >= WORKS
+
+
+def _at_a_common_norm(changes: Triggers) -> bool:
+    return COMMON[0] <= float(np.nanmedian(changes.success)) <= COMMON[1]
+
+
+def _chosen(
+    classifier: Classifier, asked: int | tuple[int, ...] | None, found: dict[str, Scores]
+) -> list[int]:
     """Classes to rebuild triggers for."""
     if asked is None:
         return list(range(classifier.classes))
     if isinstance(asked, int):
-        return sorted(np.argsort(-quick, kind="stable")[:asked].tolist())
+        return sorted(np.argsort(-combine(found, "quick"), kind="stable")[:asked].tolist())
     beyond = [class_id for class_id in asked if not 0 <= class_id < classifier.classes]
     if beyond:
         raise UsageError(f"--classes {beyond[0]}: the model's head has classes 0 to {classifier.classes - 1}")
@@ -341,7 +373,7 @@ def _check_enough(classes: Sequence[int], classifier: Classifier, method: str) -
 
 
 def parse_classes(text: str | None, classifier: Classifier) -> int | tuple[int, ...] | None:
-    """``--classes``: ``top:20``, or labels joined by commas; None is all.
+    """``--classes``: ``top:20``, or labels or numbers of the head joined by commas; None is all.
 
     Raises:
         UsageError: no such label, or no number after ``top:``.
@@ -352,12 +384,21 @@ def parse_classes(text: str | None, classifier: Classifier) -> int | tuple[int, 
         if not text[4:].isdecimal():
             raise UsageError(f"--classes {text}: expected a number, as in top:20")
         return int(text[4:])
-    names = {classifier.label(class_id): class_id for class_id in range(classifier.classes)}
+    own = [classifier.label(class_id) for class_id in range(classifier.classes)]
     labels = [label.strip() for label in text.split(",")]
+    names = {name: class_id for class_id, name in enumerate(own)}
+    if all(label.isdecimal() for label in labels) and not set(labels) <= names.keys():
+        return tuple(int(label) for label in labels)  # numbers of the head, whatever its names are
+    twice = [label for label in labels if own.count(label) > 1]
+    if twice:
+        raise UsageError(
+            f"--classes: the model has several classes {twice[0]!r}; give their numbers, from 0 on"
+        )
     unknown = [label for label in labels if label not in names]
     if unknown:
         raise UsageError(
-            f"--classes: the model has no class {unknown[0]!r}; it has {', '.join(list(names)[:5])}, …"
+            f"--classes: the model has no class {unknown[0]!r}; it has {', '.join(own[:5])}, …, and numbers "
+            "from 0 on are taken, too"
         )
     return tuple(names[label] for label in labels)
 
@@ -420,7 +461,10 @@ def _notes(
     made = triggers.get("calibrated")
     on_copy = None if made is None else made.repaired_success
     if made is not None and on_copy is not None and np.array_equal(made.success, on_copy, equal_nan=True):
-        notes.append("The internal repair changed no answer: calibrated trigger inversion says nothing then.")
+        notes.append(
+            "No rebuilt trigger does anything else on the repaired copy than on the model: calibrated "
+            "trigger inversion says nothing then."
+        )
     lost = (model_accuracy or 0.0) - (repaired_accuracy or 0.0) if repaired_accuracy is not None else 0.0
     if lost > REPAIR_WEAK:
         notes.append(
@@ -435,11 +479,17 @@ def _notes(
             f"Only {len(held_out)} trusted images were held out to judge triggers by: a class can pass a "
             f"threshold by chance alone. Trust {FEWEST_TRUSTED} images or more."
         )
-    common = float(np.nanmedian(triggers["universal"].success)) if "universal" in triggers else None
-    if common is not None and not 0.2 <= common <= 0.8:
+    masks, changes = triggers.get("neural-cleanse"), triggers.get("universal")
+    if masks is not None and not _most_work(masks):
+        notes.append(
+            f"Masks for most classes turn less than {WORKS:.0%} of the images into them: their sizes say "
+            "nothing and are left out of the score."
+        )
+    if changes is not None and not _at_a_common_norm(changes):
         notes.append(
             "No norm was found at which added pictures turn about 40 % of the images into the median class "
-            f"(here {common:.0%}): universal changes say little."
+            f"(here {float(np.nanmedian(changes.success)):.0%}): universal changes say nothing and "
+            "are left out of the score."
         )
     return notes
 

@@ -39,8 +39,8 @@ def start(
         UsageError: the network has no feature maps.
 
     Source: Li et al., ICLR 2021, arXiv 2101.05930; Lukas and Kerschbaum, arXiv 2305.09671, appendix A.3 and
-    table 5. Where we differ: attention is taken after the last module of each resolution, which in a ResNet
-    is the end of each stage, so that any network with feature maps will do.
+    table 5. Where we differ: attention is taken after the last module of each resolution,
+    which in a ResNet is the end of each stage, so that any network with feature maps will do.
     """
     teacher = classifier.clone()
     schooling = replace(settings.schedule, steps=settings.teacher_steps)
@@ -59,14 +59,19 @@ def start(
 
 
 def stage_names(classifier: Classifier, pixels: torch.Tensor) -> list[str]:
-    """The last module of each resolution of feature maps above one pixel, in the order they run."""
+    """The last of the outermost modules of each resolution of feature maps above one pixel, in their order.
+
+    The outermost, because the first convolution of the next stage may still have the resolution of this one.
+    """
     last: dict[int, str] = {}
     hooks = []
 
     def watch(name: str, module: nn.Module) -> None:
         def note(module: Any, inputs: Any, output: Any) -> None:
             if isinstance(output, torch.Tensor) and output.ndim == 4 and output.shape[2] > 1:
-                last[output.shape[2]] = name
+                so_far = last.get(output.shape[2])
+                if so_far is None or name.count(".") <= so_far.count("."):
+                    last[output.shape[2]] = name
 
         hooks.append(module.register_forward_hook(note))
 

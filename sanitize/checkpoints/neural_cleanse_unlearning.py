@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 
 from sanitize.checkpoints.classifier import Classifier
-from sanitize.checkpoints.trigger_inversion import InversionConfig, masked_triggers, stamp
+from sanitize.checkpoints.trigger_inversion import InversionConfig, masked_triggers, smallest_working, stamp
 from sanitize.checkpoints.trusted import TrustedImages
 from sanitize.checkpoints.tuning import Schedule, Started, cross_entropy
+from sanitize.errors import UsageError
 from sanitize.progress import Progress
 
 
@@ -33,6 +33,9 @@ def start(
 ) -> Started:
     """Rebuild a trigger a class, and fine-tune with the smallest one on every second batch, labels kept.
 
+    Raises:
+        UsageError: no trigger works.
+
     Source: Wang et al., IEEE S&P 2019, section VI; Lukas and Kerschbaum, arXiv 2305.09671, algorithm 6 and
     table 5. Where we differ: the trigger is a mask and a pattern, as Wang et al. have it, not an added image,
     and is tuned away by SGD.
@@ -41,7 +44,12 @@ def start(
         triggers = masked_triggers(
             classifier, work, work, range(classifier.classes), settings.inversion, seed, advance
         )
-    smallest = int(np.argmin(triggers.mask.sum(axis=(1, 2, 3))))
+    smallest = smallest_working(triggers)
+    if smallest is None:
+        raise UsageError(
+            "--method neural-cleanse: no rebuilt trigger turns half of the images into its class, so "
+            "there is none to unlearn; take another --method"
+        )
     device = classifier.mean.device
     mask, pattern = (
         torch.from_numpy(images[smallest]).permute(2, 0, 1).to(device)

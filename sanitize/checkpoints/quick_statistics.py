@@ -11,7 +11,8 @@ import numpy.typing as npt
 import torch
 
 from sanitize.checkpoints.classifier import Classifier
-from sanitize.checkpoints.trigger_inversion import CPU_PIXELS, Advance, frozen
+from sanitize.checkpoints.trigger_inversion import Advance, frozen, pixels_at_once, timed_step
+from sanitize.checkpoints.trusted import TrustedImages
 from sanitize.scores.network import fast
 
 Scores = npt.NDArray[np.float64]
@@ -76,7 +77,7 @@ def largest_margins(classifier: Classifier, seed: int, advance: Advance = lambda
     climbs, all classes together; the anomaly is a robust z instead of a p-value under a fitted distribution.
     """
     side = classifier.resolution
-    at_once = max(1, CPU_PIXELS // (MARGIN_STARTS * side * side))
+    at_once = max(1, pixels_at_once(classifier, any_images(side)) // (MARGIN_STARTS * side * side))
     generator = torch.Generator().manual_seed(seed)
     starts = torch.rand(MARGIN_STARTS, 3, side, side, generator=generator)
     found = np.empty(classifier.classes)
@@ -85,6 +86,17 @@ def largest_margins(classifier: Classifier, seed: int, advance: Advance = lambda
         found[first : first + len(classes)] = _climb(classifier, classes, starts)
         advance(len(classes))
     return found
+
+
+def any_images(side: int) -> TrustedImages:
+    """One grey image, to time a step and see what it takes."""
+    return TrustedImages(pixels=np.full((1, side, side, 3), 127, np.uint8), class_id=np.zeros(1, np.int64))
+
+
+def estimated_s(classifier: Classifier) -> float:
+    """Seconds that the largest margins of all classes will take, from one timed step."""
+    step_s = timed_step(classifier, any_images(classifier.resolution), MARGIN_STARTS)
+    return MARGIN_STEPS * classifier.classes * step_s
 
 
 def _climb(classifier: Classifier, classes: torch.Tensor, starts: torch.Tensor) -> Scores:

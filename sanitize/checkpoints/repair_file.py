@@ -24,7 +24,12 @@ from sanitize.checkpoints.calibrate import calibrate
 from sanitize.checkpoints.classifier import Classifier
 from sanitize.checkpoints.repair import RepairConfig, Repaired, repair_classifier
 from sanitize.checkpoints.retune import retune_check
-from sanitize.checkpoints.trigger_inversion import InversionConfig, evaluate, masked_triggers
+from sanitize.checkpoints.trigger_inversion import (
+    InversionConfig,
+    evaluate,
+    masked_triggers,
+    smallest_working,
+)
 from sanitize.checkpoints.trusted import TrustedImages, split
 from sanitize.errors import RunFolderError, UsageError
 from sanitize.progress import Progress
@@ -73,13 +78,13 @@ def repair_file(
         save: writes a state dict in the checkpoint's format.
 
     Raises:
-        UsageError: `out` is there already.
+        UsageError: `out` is there already, or the facts of a repair that succeeded.
         RunFolderError: OUT.partial is of a repair with other settings, or in use.
         SanitizeError: as `repair_classifier`.
     """
     facts_path = out.with_name(out.name + ".json")
     for path in (out, facts_path):
-        if path.exists():
+        if path.exists() and not _came_to_nothing(path):
             raise UsageError(f"{path} is there already; give another --out, or move it away")
     wanted = _identity(classifier, trusted, config, with_calibration, with_retune_check)
     with _partial(out.with_name(out.name + ".partial"), wanted) as partial:
@@ -101,6 +106,15 @@ def repair_file(
     return RepairReport(path=out, repaired=repaired, facts=facts)
 
 
+def _came_to_nothing(facts: Path) -> bool:
+    """Whether this is what a repair without a result left, which another method may write over."""
+    try:
+        found = json.loads(facts.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and found.get("repaired") is False and "sanitize" in found
+
+
 def inverted_trigger(
     original: Classifier, found: Repaired, trusted: TrustedImages, config: RepairConfig, progress: Progress
 ) -> dict[str, Any] | None:
@@ -108,7 +122,8 @@ def inverted_trigger(
 
     Returns:
         Its class, and its success on held-out images of other classes before and after; None for a head of
-        more than MOST_INVERTED classes.
+        more than MOST_INVERTED classes. Where no trigger works on half of the images, that of the one
+        that works on most.
     """
     classes = range(original.classes)
     if len(classes) > MOST_INVERTED:
@@ -118,7 +133,9 @@ def inverted_trigger(
     inversion = InversionConfig()
     with progress.stage("invert", inversion.steps * len(classes), "steps") as advance:
         triggers = masked_triggers(original, work, held_out, classes, inversion, config.seed, advance)
-    smallest = int(np.argmin(triggers.mask.sum(axis=(1, 2, 3))))
+    smallest = smallest_working(triggers)
+    if smallest is None:
+        smallest = int(np.nanargmax(triggers.success))
     mask, pattern = (
         torch.from_numpy(images[[smallest]]).permute(0, 3, 1, 2).to(original.mean.device)
         for images in (triggers.mask, triggers.pattern)

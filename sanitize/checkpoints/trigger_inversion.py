@@ -19,16 +19,14 @@ import torch
 from torch.nn import functional
 
 from sanitize.checkpoints.classifier import Classifier
-from sanitize.checkpoints.trusted import TrustedImages, to_pixels
+from sanitize.checkpoints.trusted import CPU_PIXELS, TrustedImages, images_at_once, to_pixels
 from sanitize.scores.network import fast
 from sanitize.scores.neural_cleanse import rebuild
 
 Advance = Callable[[int], None]
 
-CPU_PIXELS = 640 * 32 * 32
-"""Pixels that go through the network at once on a CPU; more is no faster."""
-GPU_BATCH = 256
-"""Images that are judged at once on a CUDA device."""
+WORKS = 0.5
+"""Share of held-out images that a mask has to turn to count by its size."""
 GPU_SHARE = 0.6
 """Of the free memory of a CUDA device."""
 
@@ -233,13 +231,19 @@ def predict(
 ) -> npt.NDArray[np.int64]:
     """(N,) classes that the model gives (N, R, R, 3) images, each batch changed first."""
     device = model.mean.device
-    size = GPU_BATCH if device.type == "cuda" else max(1, CPU_PIXELS // images.shape[1] ** 2)
+    size = images_at_once(device, images.shape[1])
     with torch.inference_mode(), fast(device):
         found = [
             model(change(to_pixels(images[start : start + size], device))).argmax(1).cpu().numpy()
             for start in range(0, len(images), size)
         ]
     return np.concatenate(found)
+
+
+def smallest_working(masks: Triggers) -> int | None:
+    """Place of the smallest mask that turns `WORKS` of the images; None where there is none."""
+    size = np.where(masks.success >= WORKS, masks.mask.sum(axis=(1, 2, 3)), np.inf)
+    return int(size.argmin()) if np.isfinite(size).any() else None
 
 
 def triggers_of(

@@ -21,7 +21,10 @@ from sanitize.errors import InputError
 
 NAMED = 5
 """Most labels that a message names before it counts."""
-_BATCH = 512
+CPU_PIXELS = 640 * 32 * 32
+"""Pixels that go through a network at once on a CPU; more is no faster."""
+GPU_BATCH = 256
+"""Images that are judged at once on a CUDA device."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,15 +232,21 @@ def refuse_constant(classifier: Classifier, trusted: TrustedImages) -> list[str]
     return notes
 
 
+def images_at_once(device: torch.device, side: int) -> int:
+    """How many images of that side are judged together."""
+    return GPU_BATCH if device.type == "cuda" else max(1, CPU_PIXELS // side**2)
+
+
 def logits_of(classifier: Classifier, trusted: TrustedImages) -> npt.NDArray[np.float32]:
     """(N, C) float32 logits, in eval mode."""
     training = classifier.training
     classifier.eval()
     device = classifier.mean.device
+    size = images_at_once(device, trusted.pixels.shape[1])
     with torch.no_grad():
         found = [
-            classifier(to_pixels(trusted.pixels[start : start + _BATCH], device)).float().cpu().numpy()
-            for start in range(0, len(trusted), _BATCH)
+            classifier(to_pixels(trusted.pixels[start : start + size], device)).float().cpu().numpy()
+            for start in range(0, len(trusted), size)
         ]
     classifier.train(training)
     return np.concatenate(found)

@@ -65,7 +65,8 @@ class Change(NamedTuple):
     change: float
     """That less the original's, a fraction."""
     standard_error: float
-    """Of the change: its spread between images over the root of their number."""
+    """Of the change: its spread between images over the root of their number, and at least that of one
+    changed image, since a few images that did not change do not say that none would."""
 
     def within(self, max_accuracy_loss: float) -> bool:
         """Whether the loss is at most Δ plus one standard error: the rule that a model is kept by."""
@@ -73,8 +74,6 @@ class Change(NamedTuple):
 
     def confidence(self, max_accuracy_loss: float) -> float:
         """Chance that the true loss is at most Δ, were the error normal; 0 to 1."""
-        if self.standard_error == 0:
-            return float(-self.change <= max_accuracy_loss + 1e-9)
         return NormalDist().cdf((max_accuracy_loss + self.change) / self.standard_error)
 
 
@@ -307,9 +306,8 @@ def correctness(classifier: Classifier, images: TrustedImages) -> npt.NDArray[np
 def changed(before: npt.NDArray[np.float64], after: npt.NDArray[np.float64]) -> Change:
     """The change of accuracy from two models' (N,) correctness on the same images, N at least 2."""
     change = after - before
-    return Change(
-        float(after.mean()), float(change.mean()), float(change.std(ddof=1) / math.sqrt(len(change)))
-    )
+    error = max(float(change.std(ddof=1) / math.sqrt(len(change))), 1 / len(change))
+    return Change(float(after.mean()), float(change.mean()), error)
 
 
 def _views(pixels: npt.NDArray[np.uint8]) -> Iterator[npt.NDArray[np.uint8]]:
