@@ -210,12 +210,10 @@ class _Seed:
         return scan_once(corpus, proxy, run, self.progress, attack)
 
     def _encoded_alike(self, shards: str, name: str) -> str:
-        """Clean shards with the losses of the poisoned corpus: as they are for PNG, a copy for JPEG."""
-        if self.jpeg_quality is None:
-            return self._path(shards)
+        """A copy of clean shards that is coded, and so also decoded and reduced, like the poisoned corpus."""
         copy = self.folder / name
         if not copy.is_dir():
-            rewrite_images(self._path(shards), copy, "jpg", self.jpeg_quality)
+            rewrite_images(self._path(shards), copy, self.config.image_format, self.config.quality)
         return str(copy)
 
     def _undefended(self) -> Facts:

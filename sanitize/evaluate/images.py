@@ -98,9 +98,10 @@ def decode_all(
             if attack:
                 stamped = stamp(attack, to_float(batch), strength=strength, seed=seed, trigger=trigger)
                 batch = from_float(stamped)
-            if jpeg_quality is not None:
-                batch = np.stack([decode(encode(pixels, "jpg", jpeg_quality), None) for pixels in batch])
-            images += [_resized(pixels, resolution) for pixels in batch]
+            if jpeg_quality is None:
+                images += [_resized(pixels, resolution) for pixels in batch]
+            else:
+                images += [decode(encode(pixels, "jpg", jpeg_quality), resolution) for pixels in batch]
             kept += [row for row, _ in same]
     if not images:
         raise InputError("no test image can be decoded")
