@@ -148,6 +148,18 @@ def test_every_cell_is_measured(finished: Path) -> None:
         assert set(cell["asr"]) == {"blend-random", "single-pixel"}
 
 
+def test_all_shards_of_a_benchmark_are_coded_alike(finished: Path) -> None:
+    """A large JPEG is reduced by its decoder and a PNG is not, so that a mix would tell them apart."""
+    folder = finished / "seed-0"
+    for shards in ("trusted", "poisoned/shards", "unpoisoned/shards"):
+        endings = {
+            Path(name).suffix
+            for path in (folder / shards).glob("*.tar")
+            for name in tarfile.open(path).getnames()
+        }
+        assert endings == {".png", ".cls"}, shards
+
+
 def test_a_defence_that_trains_removes_nothing(finished: Path) -> None:
     cell = next(cell for cell in results(finished)["cells"] if cell["name"] == "causal-backdoor-defense")
     assert (
