@@ -260,7 +260,8 @@ def inspect(
     out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("sanitize-inspect"),
     method: Annotated[str, typer.Option(help=f"{INSPECT_METHODS}.")] = "combined",
     quick: Annotated[
-        bool, typer.Option("--quick", help="Only the statistics that need no images: quick for small heads, and less sure.")
+        bool,
+        typer.Option("--quick", help="Only what needs no images: less sure, and quick for few classes."),
     ] = False,
     classes: Annotated[
         str | None,

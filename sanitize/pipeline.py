@@ -333,7 +333,9 @@ def _scores(run: RunDir, method: str, seed: int) -> None:
         values[rows] = found.score
         _save_array(run / SCORES, values)
         write_table(run / SIGNALS, pa.table({"row": rows, **found.signals}))
-        groups = [_group_record(group, rows, run.manifest["class_names"]) for group in found.groups or []]
+        names = run.manifest["class_names"]
+        groups = [_group_record(group, rows, names) | {"suspected": True} for group in found.groups or []]
+        groups += [_group_record(group, rows, names) | {"suspected": False} for group in found.shared_groups]
         write_atomic(run / GROUPS, json.dumps(groups, indent=1).encode())
         facts |= {"method": method, "groups_sought": found.groups is not None}
 
@@ -435,7 +437,8 @@ def _decide(run: RunDir, config: DecisionConfig) -> None:
         status[(status == "ok") & ~scored.covered] = "loss-not-finite"
         reason = np.array([None if code == "ok" else index_module.STATUS[code] for code in status], object)
         reason[rows[flagged]] = decide.reasons(inputs, signals, flagged)
-        for group in reversed(json.loads((run / GROUPS).read_text())):  # the crispest has the last word
+        groups = [group for group in json.loads((run / GROUPS).read_text()) if group.get("suspected", True)]
+        for group in reversed(groups):  # the crispest has the last word
             members = np.intersect1d(group["rows"], rows[flagged])
             reason[members] = decide.group_reason(group)
         is_flagged = scored(made.flagged, False) | (status != "ok")

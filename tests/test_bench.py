@@ -152,11 +152,11 @@ def test_all_shards_of_a_benchmark_are_coded_alike(finished: Path) -> None:
     """A large JPEG is reduced by its decoder and a PNG is not, so that a mix would tell them apart."""
     folder = finished / "seed-0"
     for shards in ("trusted", "poisoned/shards", "unpoisoned/shards"):
-        endings = {
-            Path(name).suffix
-            for path in (folder / shards).glob("*.tar")
-            for name in tarfile.open(path).getnames()
-        }
+        names: list[str] = []
+        for path in (folder / shards).glob("*.tar"):
+            with tarfile.open(path) as tar:
+                names += tar.getnames()
+        endings = {Path(name).suffix for name in names}
         assert endings == {".png", ".cls"}, shards
 
 

@@ -55,7 +55,7 @@ def pixels_only(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("planted", [0.03, 0.1, 0.3])
 def test_a_planted_pattern_is_a_group_of_its_class(planted: float) -> None:
     inputs, chosen = corpus(planted)
-    groups = class_mixtures.distinct(class_mixtures.find(inputs, []), inputs.trusted)
+    groups = class_mixtures.distinct(class_mixtures.find(inputs, []).suspected, inputs.trusted)
     assert [group.class_id for group in groups] == [1]
     found = groups[0]
     assert found.signal in ("pixels", "patterns")
@@ -70,11 +70,11 @@ def test_a_planted_pattern_is_a_group_of_its_class(planted: float) -> None:
 
 
 def test_one_population_makes_no_group() -> None:
-    assert class_mixtures.find(corpus(0.0)[0], []) == []
+    assert class_mixtures.find(corpus(0.0)[0], []).suspected == []
 
 
 def test_what_trusted_samples_share_is_no_group() -> None:
-    assert class_mixtures.find(corpus(0.3, trusted_too=True)[0], []) == []
+    assert class_mixtures.find(corpus(0.3, trusted_too=True)[0], []).suspected == []
 
 
 @pytest.mark.usefixtures("pixels_only")
@@ -84,7 +84,7 @@ def test_a_hint_finds_what_is_too_weak_to_lead() -> None:
     hint[chosen] += 3
 
     def recall(hints: list[np.ndarray]) -> float:
-        odds = class_mixtures.log_odds(class_mixtures.find(inputs, hints), len(hint))
+        odds = class_mixtures.log_odds(class_mixtures.find(inputs, hints).suspected, len(hint))
         return float((odds[chosen] > 0).mean())
 
     assert recall([hint]) > 0.9
@@ -100,7 +100,7 @@ def test_small_classes_are_left_alone() -> None:
         seed=0,
         images=lambda: rng.integers(0, 256, (60, 8, 8, 3), np.uint8),
     )
-    assert class_mixtures.find(inputs, []) == []
+    assert class_mixtures.find(inputs, []).suspected == []
 
 
 @pytest.mark.parametrize("different", [0, 1])
@@ -115,7 +115,7 @@ def test_images_that_hardly_differ(different: int) -> None:
         seed=0,
         images=lambda: images,
     )
-    assert class_mixtures.find(inputs, [np.arange(600, dtype=np.float32)]) == []
+    assert class_mixtures.find(inputs, [np.arange(600, dtype=np.float32)]).suspected == []
 
 
 def test_evidence_of_a_method_with_and_without_groups() -> None:
@@ -161,6 +161,6 @@ def test_a_class_with_few_trusted_samples_has_no_groups() -> None:
     inputs, _ = corpus(0.3)
     own = np.flatnonzero(inputs.trusted & (inputs.class_id == 1))
     inputs.trusted[own[9:]] = False
-    assert class_mixtures.find(inputs, []) == []
+    assert class_mixtures.find(inputs, []).suspected == []
     inputs.trusted[own[9]] = True
-    assert [group.class_id for group in class_mixtures.find(inputs, [])] != []
+    assert [group.class_id for group in class_mixtures.find(inputs, []).suspected] != []

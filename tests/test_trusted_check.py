@@ -160,6 +160,32 @@ def test_members_of_a_suspected_attack_are_an_alarm_from_three_on(
     assert not set(ships) & set(facts["suspected_attacks"][0]["sample_ids"])
 
 
+@pytest.mark.parametrize(("separation", "level"), [(4.0, "gap"), (5.5, "alarm")])
+def test_a_group_that_trusted_samples_are_in_may_be_their_poison(
+    tmp_path: Path, separation: float, level: str
+) -> None:
+    with make_run(tmp_path / "run", samples=N, trusted=M, unusable=0, planted=0.0, seed=3) as run:
+        ships = rows_of(run, 8, trusted=True)[:2]
+        group = {
+            "class_id": 8,
+            "label": "ship",
+            "signal": "pixels",
+            "separation": separation,
+            "trusted": 2,
+            "rows": rows_of(run, 8, trusted=False)[:50] + ships,
+            "suspected": False,
+        }
+        (run / "groups.json").write_text(json.dumps([group]))
+        report, facts, page, _ = read_back(build_report(run))
+    assert facts["suspected_attacks"] == []
+    assert facts["trusted_check"]["checks"]["shared_groups"]["level"] == level
+    assert facts["trusted_check"]["alarming"] == (level == "alarm")
+    assert (report.verdict_code == "trusted") == (level == "alarm")
+    assert set(suspects(facts)) >= set(ships)
+    assert all("apart from the rest of ship" in suspects(facts)[ship] for ship in ships)
+    assert "labelled ship, with 2 trusted samples" in page.text
+
+
 @pytest.mark.parametrize(("high", "level"), [(1, "fine"), (8, "alarm")])
 def test_high_scores_are_an_alarm_beyond_chance(run: RunDir, high: int, level: str) -> None:
     scores = np.load(run / "decision_scores.npy")

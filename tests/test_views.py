@@ -62,7 +62,7 @@ def test_a_trigger_is_a_group_of_a_small_class(view: View, attack: str, only: Ca
     images, class_id = textures(0), labels()
     chosen = np.flatnonzero(class_id == 1)[-40:]
     images[chosen] = stamp(attack, images[chosen])
-    groups = class_mixtures.find(inputs_of(images, class_id), [])
+    groups = class_mixtures.find(inputs_of(images, class_id), []).suspected
     assert {group.class_id for group in groups} == {1}
     assert {group.signal for group in groups} == {view.__name__}
     assert np.isin(chosen, groups[0].rows).mean() >= 0.95
@@ -77,9 +77,11 @@ def test_a_faint_picture_is_a_group_by_its_pattern(
     chosen = np.flatnonzero(class_id == 1)[-40:]
     images[chosen] = 0.6 * images[chosen] + 0.4 * textures(9)[3]
     inputs = inputs_of(images, class_id)
-    assert {group.signal for group in class_mixtures.find(inputs, [])} <= {"pixels"}, "too few samples"
+    assert {group.signal for group in class_mixtures.find(inputs, []).suspected} <= {"pixels"}, (
+        "too few samples"
+    )
     monkeypatch.setattr(views, "SIDES", (8,))
-    groups = class_mixtures.find(inputs, [])
+    groups = class_mixtures.find(inputs, []).suspected
     assert {(group.class_id, group.signal) for group in groups} == {(1, "patterns")}
     assert np.isin(chosen, groups[0].rows).mean() >= 0.9
 
@@ -104,7 +106,7 @@ def test_copies_with_the_right_label_do_not_hide_the_wrong_ones(only: Callable[[
     both = np.concatenate([carriers, covers])
     images[both] = stamp("adaptive-blend", images[both], sample_ids=range(len(both)))
     only(views.frequencies)
-    groups = class_mixtures.find(inputs_of(images, class_id), [])
+    groups = class_mixtures.find(inputs_of(images, class_id), []).suspected
     assert {group.class_id for group in groups} == {0}
     assert np.isin(carriers, groups[0].rows).mean() >= 0.95
 
@@ -114,7 +116,7 @@ def test_copies_with_the_right_label_do_not_hide_the_wrong_ones(only: Callable[[
 def test_texture_alone_is_no_group(view: View, channels: int, only: Callable[[View], None]) -> None:
     only(view)
     for seed in range(3):
-        assert class_mixtures.find(inputs_of(textures(seed, channels), labels()), []) == []
+        assert class_mixtures.find(inputs_of(textures(seed, channels), labels()), []).suspected == []
 
 
 @pytest.mark.parametrize("view", [views.frequencies, views.contrasts])

@@ -26,6 +26,10 @@ BAND_SAMPLES = 2000
 TOP_SAMPLES = 100
 EXAMPLES = 5
 _COLUMNS = ("sample_id", "shard", "key", "label", "status", "anomaly_score", "p_value", "flagged", "reason")
+VERY_CLEAR = 5.0
+"""Separation from which fewer than one in a hundred lies nearer to the other side's mean."""
+VERY_CLEAR_FREQUENCIES = 10.0
+"""The same in frequencies, where natural groups reach 5.9."""
 _INDEX = ("shard", "key", "label", "class_id", "trusted", "image_sha256", "status")
 _DICTIONARY = ("shard", "label", "status", "reason")
 
@@ -56,6 +60,8 @@ class RunData:
     """N + M rows."""
     groups: list[Facts]
     """groups.json: suspected attacks, crispest first; `rows` are index rows, the surest members first."""
+    shared_groups: list[Facts]
+    """The same of groups as crisp that trusted samples are in as well."""
     raw_scores: npt.NDArray[np.float32]
     """(N + M,) NaN for none; all NaN when the file is missing."""
     trajectories: npt.NDArray[np.float32] | None
@@ -116,6 +122,7 @@ def read_run(run: RunDir) -> RunData:
     raw = _raw_scores(run, everything)
     trusted_rows = n + np.flatnonzero(index_ok)
     names, codes = encode(decisions["status"])
+    groups = _groups(run)
     score = decisions["anomaly_score"].cast(pa.float32()).to_numpy(zero_copy_only=False)
     return RunData(
         manifest=run.manifest,
@@ -127,10 +134,17 @@ def read_run(run: RunDir) -> RunData:
         trusted_rows=trusted_rows.astype(np.int64),
         trusted_unusable=len(index_ok) - len(trusted_rows),
         index=index,
-        groups=_groups(run),
+        groups=[group for group in groups if group.get("suspected", True)],
+        shared_groups=[group for group in groups if not group.get("suspected", True)],
         raw_scores=raw,
         trajectories=_trajectories(run, everything),
     )
+
+
+def is_very_clear(group: Facts) -> bool:
+    """Whether a group stands apart further than natural ones do."""
+    least = VERY_CLEAR_FREQUENCIES if group["signal"] == "frequencies" else VERY_CLEAR
+    return bool(group["separation"] >= least)
 
 
 def _groups(run: RunDir) -> list[Facts]:

@@ -26,6 +26,7 @@ _MARKS = {
     "shared": "▲ Look closer",
     "labels": "▲ Look closer",
     "fewer": "▲ Check the trusted set",
+    "trusted": "▲ Check the trusted set",
     "no-excess": "● Within the budget",
     "nothing": "● Nothing flagged",
     "unknown": "◆ Open",

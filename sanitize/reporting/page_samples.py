@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sanitize.reporting.facts import Facts
+from sanitize.reporting.facts import Facts, is_very_clear
 from sanitize.reporting.text import number_of, percent, rounded, show, show_long
 from sanitize.reporting.thumbnails import TRUSTED_SHOWN, Group, LabelGroups, Pictures, Sheet, Strip
 
@@ -10,10 +10,6 @@ LABELS_OPEN = 3
 CLASSES_SHOWN = 40
 CHANCE = 0.05
 """Where a natural group holds so few trusted samples more often than this, they cannot tell."""
-VERY_CLEAR = 5.0
-"""Separation from which fewer than one in a hundred lies nearer to the other side's mean."""
-VERY_CLEAR_FREQUENCIES = 10.0
-"""The same in frequencies, where natural groups reach 5.9."""
 
 _SIGNALS = {
     "pixels": "It shows in the pixels themselves.",
@@ -60,8 +56,7 @@ def _attack_block(number: int, attack: Facts, sheet: Sheet | None, shown: dict[i
             f" A natural group of its size would hold as few with a chance of "
             f"{percent(attack['trusted_chance'])}: so few trusted samples cannot tell whether it is natural."
         )
-    very = VERY_CLEAR_FREQUENCIES if attack["signal"] == "frequencies" else VERY_CLEAR
-    clear = "very clearly" if attack["separation"] >= very else "clearly"
+    clear = "very clearly" if is_very_clear(attack) else "clearly"
     flagged = "All" if attack["flagged"] == attack["samples"] else f"{attack['flagged']:,}"
     figures, strips = _sheet(sheet, label, shown) if sheet else ("", "")
     return (

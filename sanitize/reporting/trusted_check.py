@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sanitize.config import MIN_CLASS_TRUSTED
-from sanitize.reporting.facts import Facts, RunData, bonferroni_z, take, wilson
-from sanitize.reporting.text import listed, number_of, percent, shorten, visible
+from sanitize.reporting.facts import Facts, RunData, bonferroni_z, is_very_clear, take, wilson
+from sanitize.reporting.text import listed, number_of, percent, rounded, shorten, visible
 
 HIGH_SHARE = 0.005
 """A trusted sample is listed if no more than this share of the corpus scores higher."""
@@ -44,6 +44,8 @@ def trusted_check(data: RunData, classes: list[Facts], excess: Facts) -> Facts:
             checks["excess"] = _check("alarm", "The trusted samples look stranger than the corpus.")
         if data.groups:
             checks["suspected_attacks"] = _in_attacks(data, reasons)
+        if data.shared_groups:
+            checks["shared_groups"] = _in_shared_groups(data, reasons)
         scored = np.isfinite(data.raw_scores)
         if scored[: data.n].any() and scored[data.trusted_rows].any():
             checks["scores"] = _high_scores(data, reasons)
@@ -86,6 +88,30 @@ def _in_attacks(data: RunData, reasons: Reasons) -> Facts:
     belongs = "belongs" if inside == 1 else "belong"
     text = f"{number_of(inside, 'trusted sample')} {belongs} to a suspected attack."
     return _check("alarm" if inside >= ALARMING_MEMBERS else "gap", text, samples=inside)
+
+
+def _in_shared_groups(data: RunData, reasons: Reasons) -> Facts:
+    """Groups as crisp as an attack's that trusted samples are in: natural, or the trusted set is poisoned."""
+    named = []
+    for group in data.shared_groups:
+        label = shorten(visible(group["label"]), 40)
+        size = rounded(len(data.members(group)))
+        named.append(f"about {size} labelled {label}, with {number_of(group['trusted'], 'trusted sample')}")
+        for row in group["rows"]:
+            if row >= data.n:
+                reasons[row].append(
+                    f"belongs to a group of about {size} that stands apart from the rest of {label}"
+                )
+    clear = [group for group in data.shared_groups if is_very_clear(group)]
+    stand = "samples that stand" if len(data.shared_groups) == 1 else "groups of samples that stand"
+    return _check(
+        "alarm" if clear else "gap",
+        f"Trusted samples are in {stand} apart from the rest of the label like an attack's: "
+        f"{listed(named, NAMED)}. That is natural, as of one photographer or one kind of cut-out, or the "
+        "same poison is in the trusted set, and then none of it was taken out. Look at these samples.",
+        groups=len(data.shared_groups),
+        very_clear=len(clear),
+    )
 
 
 def _high_scores(data: RunData, reasons: Reasons) -> Facts:

@@ -48,6 +48,12 @@ def _sentence(facts: Facts, standing_out: int, shared: int) -> tuple[str, str]:
         return "unknown", "No sample of this corpus could be used, so nothing was judged."
     if attacks and excess["known"] and excess["high"] >= 0:
         return "groups", _attacks_sentence(attacks)
+    on_trusted = facts["trusted_check"]["checks"].get("shared_groups", {}).get("level") == "alarm"
+    if on_trusted and not shared and not (excess["known"] and excess["low"] > 0):
+        return "trusted", (
+            "Samples stand apart from the rest of their label as in an attack, and trusted samples are among "
+            "them: check the trusted set first."
+        )
     if not excess["over_threshold"]:
         return "nothing", "Nothing looks suspicious. This does not prove the corpus clean."
     if excess["known"] and excess["low"] > 0:

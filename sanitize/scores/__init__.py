@@ -122,6 +122,8 @@ class Evidence:
     """(N,) each: what the score is made of, a column of decisions.parquet each."""
     groups: list[Group] | None = None
     """Suspected attacks, crispest first; None: the method looks for none."""
+    shared_groups: list[Group] = field(default_factory=list)
+    """As crisp, but trusted samples are in them, too: natural, or the trusted set holds the same poison."""
 
 
 def methods() -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -40,12 +40,27 @@ MIN_GROUP = 20
 MAX_SHARE = 0.6
 """Above it the search has found the class and not the group."""
 DEPLETED = 0.25
-"""A group that is natural holds trusted samples as often as its class does. It is reported only if it holds
+"""A group that is natural holds trusted samples as often as its class does. It is suspected only if it holds
 at most this share of the trusted samples expected there; with fewer trusted samples of its class than
 MIN_CLASS_TRUSTED that says too little, and nothing is reported."""
 _CLASS_SAMPLES = 20_000
 SAMPLE_BYTES = 5 * 4 * 3 * 32**2
 """Memory for each sample of the largest class: its pixels as float32, about five times over."""
+
+
+class Found(NamedTuple):
+    """Groups of all classes and signals, crispest first; the same samples may be in several."""
+
+    suspected: list[Group]
+    """They hold few or none of the trusted samples of their class."""
+    shared: list[Group]
+    """They hold more of them: natural, or poison that is among the trusted samples as well."""
+
+    def distinct(self, trusted: npt.NDArray[np.bool_]) -> dict[str, list[Group]]:
+        """The two lists by their names in `Evidence`, each group once."""
+        suspected = distinct(self.suspected, trusted)
+        others = [group for group in self.shared if not any(_same(group, own) for own in suspected)]
+        return {"groups": suspected, "shared_groups": distinct(others, trusted)}
 
 
 def score(inputs: ScoreInputs) -> Floats:
@@ -64,9 +79,9 @@ def score(inputs: ScoreInputs) -> Floats:
 
 def evidence(inputs: ScoreInputs) -> Evidence:
     """The same with the groups."""
-    groups = find(inputs, hints(inputs))
-    odds = log_odds(groups, len(inputs.class_id))
-    return Evidence(score=odds, signals={"group_log_odds": odds}, groups=distinct(groups, inputs.trusted))
+    found = find(inputs, hints(inputs))
+    odds = log_odds(found.suspected, len(inputs.class_id))
+    return Evidence(score=odds, signals={"group_log_odds": odds}, **found.distinct(inputs.trusted))
 
 
 def log_odds(groups: list[Group], samples: int) -> Floats:
@@ -82,18 +97,20 @@ def hints(inputs: ScoreInputs) -> list[Floats]:
     return [-early_log_loss(inputs.trajectories), mahalanobis.score(inputs)]
 
 
-def find(inputs: ScoreInputs, hints: list[Floats]) -> list[Group]:
-    """Groups of all classes and signals, crispest first; the same samples may be in several.
+def find(inputs: ScoreInputs, hints: list[Floats]) -> Found:
+    """Groups of all classes and signals.
 
     Args:
         hints: (N,) each, higher = more suspicious: the mean of a class's highest tenth minus that of the rest
             is looked along as well.
     """
-    found: list[Group] = []
+    found = Found([], [])
     for view in VIEWS:
         for signal, rows, values in view(inputs):
-            found += _groups(values, rows, inputs, signal, [hint[rows] for hint in hints])
-    return sorted(found, key=lambda group: -group.separation)
+            _add_groups(found, values, rows, inputs, signal, [hint[rows] for hint in hints])
+    for groups in found:
+        groups.sort(key=lambda group: -group.separation)
+    return found
 
 
 def distinct(groups: list[Group], trusted: npt.NDArray[np.bool_]) -> list[Group]:
@@ -124,41 +141,45 @@ def _joined(one: Group, other: Group, trusted: npt.NDArray[np.bool_]) -> Group:
     return replace(one, rows=rows, log_odds=odds, trusted=int(trusted[rows].sum()))
 
 
-def _groups(
+def _add_groups(
+    found: Found,
     values: torch.Tensor,
     rows: npt.NDArray[np.intp],
     inputs: ScoreInputs,
     signal: str,
     hints: list[Floats],
-) -> list[Group]:
-    """Groups of one class; what is found is taken out and the rest looked at again, for the next attack."""
-    found: list[Group] = []
+) -> None:
+    """Groups of one class; suspected ones are taken out and the rest looked at again, for the next attack."""
     if inputs.trusted[rows].sum() < MIN_CLASS_TRUSTED:
-        return found
+        return
     left = np.arange(len(rows))
     while len(left) >= LEAST_SAMPLES:
         own = values if len(left) == len(rows) else values[left]
         splits = _splits(own, [hint[left] for hint in hints], inputs.seed)
         groups = [_group(split, rows[left], inputs, signal) for split in splits]
-        accepted = [group for group in groups if group is not None]
-        if not accepted:
+        crisp = [group for group in groups if group is not None]
+        lacking = [_lacks_trusted(group, inputs.trusted[rows[left]]) for group in crisp]
+        suspected = [group for group, lacks in zip(crisp, lacking, strict=True) if lacks]
+        found.shared.extend(group for group, lacks in zip(crisp, lacking, strict=True) if not lacks)
+        if not suspected:
             break
-        found += accepted
-        members = np.unique(np.concatenate([group.rows for group in accepted]))
+        found.suspected.extend(suspected)
+        members = np.unique(np.concatenate([group.rows for group in suspected]))
         left = left[~np.isin(rows[left], members)]
-    return found
+
+
+def _lacks_trusted(group: Group, trusted: npt.NDArray[np.bool_]) -> bool:
+    """Whether a group has too few of the (n,) trusted samples that it was found among to be natural."""
+    lacks: np.bool_ = group.trusted <= DEPLETED * trusted.mean() * len(group.rows)
+    return bool(lacks)
 
 
 def _group(split: _Split, rows: npt.NDArray[np.intp], inputs: ScoreInputs, signal: str) -> Group | None:
-    """The upper population as a group, if it is crisp, neither tiny nor the class itself, and not trusted."""
+    """The upper population as a group, if it is crisp and neither tiny nor the class itself."""
     members = np.flatnonzero(split.log_odds > 0)
     if not MIN_GROUP <= len(members) <= MAX_SHARE * len(rows):
         return None
     if split.separation < least_separation(signal, len(members), len(members) / len(rows)):
-        return None
-    trusted = inputs.trusted[rows]
-    held = int(trusted[members].sum())
-    if held > DEPLETED * trusted.mean() * len(members):
         return None
     order = np.argsort(rows[members])
     return Group(
@@ -166,7 +187,7 @@ def _group(split: _Split, rows: npt.NDArray[np.intp], inputs: ScoreInputs, signa
         signal=signal,
         rows=rows[members][order],
         separation=split.separation,
-        trusted=held,
+        trusted=int(inputs.trusted[rows[members]].sum()),
         log_odds=split.log_odds[members][order].astype(np.float32),
     )
 

@@ -27,10 +27,10 @@ def evidence(inputs: ScoreInputs) -> Evidence:
     Source: ours, from the two methods it joins.
     """
     conflict = label_conflict.evidence(inputs)
-    groups = class_mixtures.find(inputs, [*class_mixtures.hints(inputs), *conflict.signals.values()])
-    odds = class_mixtures.log_odds(groups, len(conflict.score))
+    found = class_mixtures.find(inputs, [*class_mixtures.hints(inputs), *conflict.signals.values()])
+    odds = class_mixtures.log_odds(found.suspected, len(conflict.score))
     return Evidence(
         score=np.where(odds > 0, IN_A_GROUP + np.minimum(odds, 50), conflict.score).astype(np.float32),
         signals={"group_log_odds": odds, **conflict.signals},
-        groups=class_mixtures.distinct(groups, inputs.trusted),
+        **found.distinct(inputs.trusted),
     )
