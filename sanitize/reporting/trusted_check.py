@@ -103,10 +103,11 @@ def _in_shared_groups(data: RunData, reasons: Reasons) -> Facts:
                     f"belongs to a group of about {size} that stands apart from the rest of {label}"
                 )
     clear = [group for group in data.shared_groups if is_very_clear(group)]
-    stand = "samples that stand" if len(data.shared_groups) == 1 else "groups of samples that stand"
+    several = len(data.shared_groups) > 1
+    where = f"in {len(data.shared_groups):,} groups" if several else "among samples"
     return _check(
         "alarm" if clear else "gap",
-        f"Trusted samples are in {stand} apart from the rest of the label like an attack's: "
+        f"Trusted samples are {where} that stand apart from the rest of their label as an attack's do: "
         f"{listed(named, NAMED)}. That is natural, as of one photographer or one kind of cut-out, or the "
         "same poison is in the trusted set, and then none of it was taken out. Look at these samples.",
         groups=len(data.shared_groups),
