@@ -207,6 +207,7 @@ def collect(data: RunData) -> Facts:
         "decision": decision,
         "classes": classes,
         "suspected_attacks": [_attack(data, group) for group in data.groups],
+        "shared_groups": [_attack(data, group) for group in data.shared_groups],
         "reasons": _reasons(data),
         "bands": _bands(data),
         "histogram": _histogram(data),

@@ -45,7 +45,7 @@ def render(facts: Facts, pictures: Pictures | None, shown: dict[int, Facts]) -> 
     template = string.Template((here / "page.html").read_text(encoding="utf-8"))
     versions = facts["versions"]
     program = f"sanitize {show(versions['sanitize'])}" if versions.get("sanitize") else "sanitize"
-    trusted = trusted_set(facts, pictures)
+    trusted = trusted_set(facts, pictures, shown)
     return template.substitute(
         css=(here / "page.css").read_text(encoding="utf-8"),
         title=show("sanitize: " + facts["verdict"]["sentence"]),

@@ -203,8 +203,8 @@ def _reasons(facts: Facts) -> str:
     )
 
 
-def trusted_set(facts: Facts, pictures: Pictures | None) -> str:
-    """What was checked about the trusted set, and its samples that a check picked out."""
+def trusted_set(facts: Facts, pictures: Pictures | None, shown: dict[int, Facts]) -> str:
+    """What was checked about the trusted set, its samples that a check picked out, and groups they are in."""
     check = facts["trusted_check"]
     checks = "".join(
         f'<li class="{level}"><b>{mark}</b> {show_long(line["text"])}</li>'
@@ -215,8 +215,21 @@ def trusted_set(facts: Facts, pictures: Pictures | None) -> str:
     return (
         f'<section><h2>The trusted set</h2><p class="{"note alarm" if check["alarming"] else "lead"}">'
         f'{show_long(check["judgement"])}</p><ul class="checks">{checks}</ul>'
-        f"{_suspects(check['suspects'], pictures)}{_per_class(check['checks'].get('shares'))}</section>"
+        f"{_suspects(check['suspects'], pictures)}{_shared_groups(facts, pictures, shown)}"
+        f"{_per_class(check['checks'].get('shares'))}</section>"
     )
+
+
+def _shared_groups(facts: Facts, pictures: Pictures | None, shown: dict[int, Facts]) -> str:
+    if not facts["shared_groups"] or pictures is None:
+        return ""
+    blocks = "".join(
+        _attack_block(number, group, sheet, shown)
+        for number, (group, sheet) in enumerate(
+            zip(facts["shared_groups"], pictures.shared_sheets, strict=False), start=1
+        )
+    )
+    return f"<h3>Groups that trusted samples are in</h3>{blocks}"
 
 
 def _suspects(suspects: list[Facts], pictures: Pictures | None) -> str:

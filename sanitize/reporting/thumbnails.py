@@ -30,6 +30,8 @@ FEWEST = 8
 """Smallest group whose shared detail is called out."""
 SHEETS = 12
 """Suspected attacks that are shown as pictures, the crispest."""
+SHARED_SHEETS = 4
+"""Groups that trusted samples are in that are."""
 PER_SHEET = 12
 SHEET_REFERENCE = 2000
 """Members, and others of the label, that a mean is taken over: it is then good to about two levels of 255."""
@@ -75,7 +77,7 @@ class LabelGroups:
 
 @dataclass(frozen=True, kw_only=True)
 class Sheet:
-    """The contact sheet of a suspected attack."""
+    """The contact sheet of a suspected attack, or of a group that trusted samples are in."""
 
     members: Strip
     """The surest."""
@@ -93,6 +95,8 @@ class Pictures:
 
     sheets: list[Sheet]
     """Of the first suspected attacks."""
+    shared_sheets: list[Sheet]
+    """Of the first groups that trusted samples are in."""
     groups: list[LabelGroups]
     trusted: dict[int, str]
     """Of the first trusted samples to look at, by index row."""
@@ -100,7 +104,8 @@ class Pictures:
     @property
     def rows(self) -> Rows:
         """Corpus rows that are shown."""
-        strips = [strip for sheet in self.sheets for strip in (sheet.members, sheet.others)]
+        sheets = [*self.sheets, *self.shared_sheets]
+        strips = [strip for sheet in sheets for strip in (sheet.members, sheet.others)]
         strips += [group.shown for label in self.groups for group in label.groups]
         return np.array(sorted({row for strip in strips for row, _ in strip}), np.int64)
 
@@ -114,23 +119,25 @@ def pictures_of(run: RunDir, data: RunData, facts: Facts) -> Pictures | None:
     if pixels.ndim != 4 or len(pixels) != len(data.class_id):
         return None
     suspects = [row["sample_id"] for row in facts["trusted_check"]["suspects"][:TRUSTED_SHOWN]]
+    suspected, shared = data.groups[:SHEETS], data.shared_groups[:SHARED_SHEETS]
+    budget = SHEETS_BYTES // max(len(suspected) + len(shared), 1)
     return Pictures(
-        sheets=[_sheet(data, pixels, group) for group in data.groups[:SHEETS]],
+        sheets=[_sheet(data, pixels, group, budget) for group in suspected],
+        shared_sheets=[_sheet(data, pixels, group, budget) for group in shared],
         groups=_suspicious_groups(data, pixels, facts["classes"]),
         trusted=dict(_strip(pixels, np.array(suspects, np.int64), TRUSTED_BYTES)),
     )
 
 
-def _sheet(data: RunData, pixels: Pixels, group: Facts) -> Sheet:
+def _sheet(data: RunData, pixels: Pixels, group: Facts, budget: int) -> Sheet:
     rows = data.members(group)
     of_class = data.class_id[: data.n] == group["class_id"]
-    others = np.flatnonzero(of_class & data.usable & ~data.grouped)
+    others = np.setdiff1d(np.flatnonzero(of_class & data.usable & ~data.grouped), rows)
     others = np.random.default_rng(0).permutation(others)[:SHEET_REFERENCE]
     difference, detail = None, None
     if len(rows) and len(others):
         change = _mean(_read(pixels, rows[:SHEET_REFERENCE])) - _mean(_read(pixels, others))
         difference, detail = _stretched(change), _stretched(_fine(change[None])[0])
-    budget = SHEETS_BYTES // min(len(data.groups), SHEETS)
     half = (budget - len(difference or "") - len(detail or "")) // 2
     return Sheet(
         members=_strip(pixels, rows[:PER_SHEET], half),

@@ -109,7 +109,7 @@ def _in_shared_groups(data: RunData, reasons: Reasons) -> Facts:
         "alarm" if clear else "gap",
         f"Trusted samples are {where} that stand apart from the rest of their label as an attack's do: "
         f"{listed(named, NAMED)}. That is natural, as of one photographer or one kind of cut-out, or the "
-        "same poison is in the trusted set, and then none of it was taken out. Look at these samples.",
+        "same poison is in the trusted set, and then the group was not taken out. Look at these samples.",
         groups=len(data.shared_groups),
         very_clear=len(clear),
     )
