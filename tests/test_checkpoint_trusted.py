@@ -230,3 +230,30 @@ def test_the_images_decide_about_the_max_pool_of_a_cifar_stem(tmp_path: Path, po
 def test_a_pipe_needs_permission() -> None:
     with pytest.raises(UsageError, match="--allow-pipe"):
         load_trusted("pipe:cat x.tar", "cls", classifier())
+
+
+@pytest.mark.parametrize("right", [False, True])
+def test_an_attribute_that_weights_do_not_tell_is_settled_by_the_images(right: bool) -> None:
+    class Either(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(1, 2)
+            self.transform_input = False
+            with torch.no_grad():
+                self.head.weight.copy_(torch.tensor([[-1.0], [1.0]]))
+                self.head.bias.copy_(torch.tensor([0.5, -0.5]))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = 1 - x if self.transform_input else x
+            return self.head(x.mean(dim=(1, 2, 3))[:, None])
+
+    dark, bright = np.zeros((4, 8, 8, 3), np.uint8), np.full((4, 8, 8, 3), 255, np.uint8)
+    classifier = Classifier(
+        Either(), head="head", resolution=8, mean=[0] * 3, std=[1] * 3, architecture="either"
+    )
+    images = TrustedImages(
+        pixels=np.concatenate([dark, bright]), class_id=np.repeat([right, not right], 4) * 1
+    )
+    said = load._settle(classifier, images, "transform_input", {"as it is": False, "turned round": True})
+    assert classifier.network.transform_input is right
+    assert said.startswith("taken turned round: " if right else "taken as it is: ")

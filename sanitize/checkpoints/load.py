@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -139,7 +140,8 @@ def load_with_trusted(
 ) -> tuple[Loaded, TrustedImages]:
     """A classifier and the trusted images, checked against each other; what both commands begin with.
 
-    What weights cannot tell, whether a ResNet with a 3×3 stem has its max-pool, the images decide.
+    What weights cannot tell the images decide: whether a ResNet with a 3×3 stem has its max-pool, and whether
+    GoogLeNet and Inception normalise their inputs anew, as those of torchvision's own weights do.
 
     Args:
         shards: trusted images, in any form that a scan takes.
@@ -151,26 +153,31 @@ def load_with_trusted(
     loaded = load_classifier(config)
     trusted, left_out = load_trusted(shards, label, loaded.classifier, allow_pipe=allow_pipe)
     notes = [*loaded.notes, *left_out]
-    if architectures.has_cifar_stem(loaded.classifier.network):
-        notes.append(_settle_pool(loaded.classifier, trusted))
+    network = loaded.classifier.network
+    if architectures.has_cifar_stem(network):
+        pools = {
+            "without max-pool": nn.Identity(),
+            "with max-pool": nn.MaxPool2d(3, stride=2, padding=1),
+        }
+        notes.append(_settle(loaded.classifier, trusted, "maxpool", pools))
+    if hasattr(network, "transform_input"):
+        inputs = {"with ImageNet's normalisation": False, "with inputs from -1 to 1": True}
+        notes.append(_settle(loaded.classifier, trusted, "transform_input", inputs))
     notes += refuse_constant(loaded.classifier, trusted)
     return replace(loaded, notes=tuple(notes)), trusted
 
 
-def _settle_pool(classifier: Classifier, trusted: TrustedImages) -> str:
-    """Give a ResNet with a 3×3 stem the max-pool that it is more accurate with; says which."""
-    pools = {"without": nn.Identity(), "with": nn.MaxPool2d(3, stride=2, padding=1)}
+def _settle(classifier: Classifier, trusted: TrustedImages, name: str, choices: dict[str, Any]) -> str:
+    """Give an attribute of the network the value that it is more accurate with; says which."""
     accuracy = {}
-    for name, pool in pools.items():
-        classifier.network.maxpool = pool
+    for said, value in choices.items():
+        setattr(classifier.network, name, value)
         right = logits_of(classifier, trusted).argmax(axis=1) == trusted.class_id
-        accuracy[name] = float(right.mean())
-    better = "with" if accuracy["with"] > accuracy["without"] else "without"
-    classifier.network.maxpool = pools[better]
-    return (
-        f"taken {better} max-pool: accuracy on the trusted images is {accuracy['without']:.1%} without and "
-        f"{accuracy['with']:.1%} with it"
-    )
+        accuracy[said] = float(right.mean())
+    better = max(choices, key=accuracy.__getitem__)
+    setattr(classifier.network, name, choices[better])
+    compared = " and ".join(f"{value:.1%} {said}" for said, value in accuracy.items())
+    return f"taken {better}: accuracy on the trusted images is {compared}"
 
 
 def save(loaded: Loaded, state: Mapping[str, torch.Tensor], path: Path) -> list[Path]:
