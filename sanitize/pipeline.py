@@ -113,7 +113,10 @@ def filter_run(
             raise UsageError(f"the shards of {out} come from pipe: commands; pass --allow-pipe to run them")
         run.clear_temporary()
         _check_same_shards(run, corpus, with_trusted=False)
-        _check_enough(pq.read_table(run / INDEX), decision)
+        table = pq.read_table(run / INDEX)
+        _check_enough(table, decision)
+        if not _is_scored(run, decision.method):
+            _check_memory(table, decision.method)
         second_opinion(run, decision.method, config.proxy.seed, progress)
         _scores(run, decision.method, config.proxy.seed)
         run.forget(*AFTER_SCORES)
@@ -207,11 +210,12 @@ def _check_before_decoding(table: pa.Table, config: ScanConfig, resolution: int)
     from sanitize.dynamics import proxy as proxy_module
 
     _check_enough(table, config.decision)
+    _check_memory(table, config.decision.method)
     proxy_module.check_fits(proxy_module.setup(config.proxy, table.num_rows).proxy, resolution)
 
 
 def _check_enough(table: pa.Table, config: DecisionConfig) -> None:
-    """Raise unless there are enough trusted samples for the decision, classes to tell apart, and memory."""
+    """Raise unless there are enough trusted samples for the decision, and classes to tell apart."""
     usable = pc.equal(table["status"], "ok")
     trusted = pc.sum(pc.and_(usable, table["trusted"])).as_py()
     needed = getattr(scores.load(config.method), "MIN_TRUSTED", MIN_TRUSTED)
@@ -221,20 +225,21 @@ def _check_enough(table: pa.Table, config: DecisionConfig) -> None:
             "add some to --trusted"
         )
     decide.check_alpha(config.alpha, trusted)
-    labels = table.filter(pc.and_(usable, pc.invert(table["trusted"])))["label"]
-    classes = len(pc.unique(labels))
+    classes = len(pc.unique(table.filter(pc.and_(usable, pc.invert(table["trusted"])))["class_id"]))
     if classes < 2:
         raise InputError(
             f"the corpus images that can be decoded have {classes} labels; at least 2 are needed"
         )
-    if scores.searches_groups(config.method):
-        _check_memory(Counter(labels.to_pylist()).most_common(1)[0])
 
 
-def _check_memory(largest: tuple[str, int]) -> None:
+def _check_memory(table: pa.Table, method: str) -> None:
+    """Raise where a class is too large to look for groups in it on this machine."""
     from sanitize.scores.class_mixtures import SAMPLE_BYTES
 
-    label, count = largest
+    if not scores.searches_groups(method):
+        return
+    labels = table.filter(pc.equal(table["status"], "ok"))["label"].to_pylist()
+    label, count = Counter(labels).most_common(1)[0]
     needed, there = count * SAMPLE_BYTES, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:
         raise InputError(
@@ -319,8 +324,7 @@ def second_opinion(run: RunDir, method: str, seed: int, progress: Progress) -> N
 
 def _scores(run: RunDir, method: str, seed: int) -> None:
     """Score by `method`, unless it gave the scores that are there."""
-    scored_by = run.manifest["stages"].get("scores", {}).get("method")
-    if scored_by == method and (run / SIGNALS).exists():  # older versions left none
+    if _is_scored(run, method):
         return
     from sanitize.dynamics.proxy import gpu_memory
 
@@ -338,6 +342,11 @@ def _scores(run: RunDir, method: str, seed: int) -> None:
         groups += [_group_record(group, rows, names) | {"suspected": False} for group in found.shared_groups]
         write_atomic(run / GROUPS, json.dumps(groups, indent=1).encode())
         facts |= {"method": method, "groups_sought": found.groups is not None}
+
+
+def _is_scored(run: RunDir, method: str) -> bool:
+    scored_by = run.manifest["stages"].get("scores", {}).get("method")
+    return bool(scored_by == method and (run / SIGNALS).exists())  # older versions left no signals
 
 
 def _group_record(group: scores.Group, rows: npt.NDArray[np.intp], class_names: list[str]) -> dict[str, Any]:

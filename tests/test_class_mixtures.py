@@ -164,3 +164,16 @@ def test_a_class_with_few_trusted_samples_has_no_groups() -> None:
     assert class_mixtures.find(inputs, []).suspected == []
     inputs.trusted[own[9]] = True
     assert [group.class_id for group in class_mixtures.find(inputs, []).suspected] != []
+
+
+@pytest.mark.usefixtures("pixels_only")
+def test_groups_that_trusted_samples_are_in_are_told_apart() -> None:
+    """Beside a large attack the rest of the class is crisp, too, and holds all of its trusted samples."""
+    both = class_mixtures.find(corpus(0.3, trusted_too=True)[0], []).distinct(corpus(0)[0].trusted)
+    assert both["groups"] == []
+    assert [group.class_id for group in both["shared_groups"]] == [1]
+    assert both["shared_groups"][0].trusted > 5
+    for planted in (0.45, 0.55):
+        found = class_mixtures.find(corpus(planted)[0], [])
+        assert found.suspected
+        assert found.shared == []

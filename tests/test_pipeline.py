@@ -380,7 +380,7 @@ def test_too_large_a_class_for_the_memory_is_refused_before_training(
     shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sanitize.scores.class_mixtures.SAMPLE_BYTES", 10**12)
-    with pytest.raises(InputError, match=r"100 samples are labelled '0'.*--method label-conflict"):
+    with pytest.raises(InputError, match=r"121 samples are labelled '0'.*--method label-conflict"):
         sanitize.scan(
             shards.corpus, trusted=shards.trusted, out=tmp_path, **SETTINGS | {"method": "combined"}
         )

@@ -139,12 +139,13 @@ def facts_of(
     """All of report.json: JSON types, None for what was not measured."""
     verdict = found.verdict
     label = classifier.label(verdict.suspected)
+    unknown = "" if "--trusted" in words else " --trusted CLEAN"
     return {
         "verdict": {
             **dataclasses.asdict(verdict),
             "suspected_label": label,
             "sentence": sentence(found, label),
-            "next": _next(found, shlex.join(words or [source]) + " --trusted CLEAN" * (trusted is None)),
+            "next": _next(found, shlex.join(words or [source]) + unknown),
         },
         "scores": {name: _number(score) for name, score in found.scores.items()},
         "statistics": [
@@ -182,6 +183,8 @@ def sentence(found: Inspection, label: str) -> str:
         return f"This model looks backdoored, towards class {label}"
     if found.verdict.method == "quick":
         return "The quick statistics see no sign of a backdoor"
+    if not np.nan_to_num(found.class_scores[found.verdict.method]).any():
+        return "The classes of this model could not be compared, so this is no verdict; see the notes"
     return "No class of this model stands out as the target of a backdoor"
 
 

@@ -387,7 +387,7 @@ def parse_classes(text: str | None, classifier: Classifier) -> int | tuple[int, 
     own = [classifier.label(class_id) for class_id in range(classifier.classes)]
     labels = [label.strip() for label in text.split(",")]
     names = {name: class_id for class_id, name in enumerate(own)}
-    if all(label.isdecimal() for label in labels) and not set(labels) <= names.keys():
+    if all(label.isdecimal() for label in labels) and not set(labels) & names.keys():
         return tuple(int(label) for label in labels)  # numbers of the head, whatever its names are
     twice = [label for label in labels if own.count(label) > 1]
     if twice:
@@ -483,13 +483,13 @@ def _notes(
     if masks is not None and not _most_work(masks):
         notes.append(
             f"Masks for most classes turn less than {WORKS:.0%} of the images into them: their sizes say "
-            "nothing and are left out of the score."
+            "nothing and count as 0 in the score."
         )
     if changes is not None and not _at_a_common_norm(changes):
         notes.append(
             "No norm was found at which added pictures turn about 40 % of the images into the median class "
             f"(here {float(np.nanmedian(changes.success)):.0%}): universal changes say nothing and "
-            "are left out of the score."
+            "count as 0 in the score."
         )
     return notes
 

@@ -84,7 +84,7 @@ def repair_file(
     """
     facts_path = out.with_name(out.name + ".json")
     for path in (out, facts_path):
-        if path.exists() and not _came_to_nothing(path):
+        if path.exists() and not (path == facts_path and _came_to_nothing(path)):
             raise UsageError(f"{path} is there already; give another --out, or move it away")
     wanted = _identity(classifier, trusted, config, with_calibration, with_retune_check)
     with _partial(out.with_name(out.name + ".partial"), wanted) as partial:

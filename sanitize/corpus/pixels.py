@@ -106,14 +106,16 @@ class SomeRows:
 
 
 def median_side(sources: list[Source], table: pa.Table, scratch: Path) -> float | None:
-    """Median short side, in pixels, of 200 usable images from four shards; None if none can be read."""
-    usable = table.filter(pc.equal(table["status"], "ok")).select(["shard", "image_offset", "image_size"])
+    """Median short side, in pixels, of 200 corpus images from up to four shards; None if none can be read."""
+    usable = table.filter(pc.and_(pc.equal(table["status"], "ok"), pc.invert(table["trusted"])))
+    usable = usable.select(["shard", "image_offset", "image_size"])
     by_name = {source.name: source for source in sources}
     sides = []
-    for name in _spaced(usable["shard"].unique().to_pylist(), MEASURED_SHARDS):
+    names = _spaced(usable["shard"].unique().to_pylist(), MEASURED_SHARDS)
+    for name in names:
         rows = usable.filter(pc.equal(usable["shard"], name)).to_pylist()
         with open_tar(by_name[name], scratch) as data:
-            for row in _spaced(rows, MEASURED // MEASURED_SHARDS):
+            for row in _spaced(rows, MEASURED // len(names)):
                 start = row["image_offset"]
                 size = _size_of(bytes(data[start : start + row["image_size"]]))
                 sides += [min(size)] if size else []

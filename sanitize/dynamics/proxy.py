@@ -233,7 +233,7 @@ def train(
 
 @contextmanager
 def gpu_memory(device: str) -> Iterator[None]:
-    """Around `train`: say what to do when the GPU's memory runs out, and leave none of it cached.
+    """Around training and scoring: say what to do when the GPU's memory runs out, and leave none cached.
 
     Around the call, because inside it the network and the pixels would still be held.
 
@@ -246,8 +246,8 @@ def gpu_memory(device: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise TrainingError(
-            f"the GPU's memory ran out ({str(error).splitlines()[0]}); take a smaller --proxy or "
-            "--resolution, or --device cpu, and a new --out"
+            f"the GPU's memory ran out ({str(error).splitlines()[0]}); free some, or scan into a new "
+            "--out with a smaller --proxy or --resolution, or with --device cpu"
         ) from None
     finally:
         if device == "cuda":

@@ -41,7 +41,8 @@ def suspected_attacks(facts: Facts, pictures: Pictures | None, shown: dict[int, 
     return f'<section><h2>Suspected attacks</h2><p class="lead">{lead}</p>{blocks}</section>'
 
 
-def _attack_block(number: int, attack: Facts, sheet: Sheet | None, shown: dict[int, Facts]) -> str:
+def _attack_block(number: int | None, attack: Facts, sheet: Sheet | None, shown: dict[int, Facts]) -> str:
+    """A group in words and pictures; without a number one that trusted samples are in, which is no attack."""
     label, trusted, of_label = show(attack["label"]), attack["trusted"], attack["trusted_of_label"]
     lacking = (
         f"that {trusted or 'none'} of the {number_of(of_label, 'trusted sample')} of this label "
@@ -51,16 +52,17 @@ def _attack_block(number: int, attack: Facts, sheet: Sheet | None, shown: dict[i
     caution = ""
     if not of_label:
         lacking = "and there is no trusted sample of that label to compare with"
-    elif attack["trusted_chance"] > CHANCE:
+    elif number is not None and attack["trusted_chance"] > CHANCE:
         caution = (
             f" A natural group of its size would hold as few with a chance of "
             f"{percent(attack['trusted_chance'])}: so few trusted samples cannot tell whether it is natural."
         )
+    numbered = "" if number is None else f'<span class="soft">{number}</span>'
     clear = "very clearly" if is_very_clear(attack) else "clearly"
     flagged = "All" if attack["flagged"] == attack["samples"] else f"{attack['flagged']:,}"
     figures, strips = _sheet(sheet, label, shown) if sheet else ("", "")
     return (
-        f'<div class="label-block"><h3><span class="soft">{number}</span> About {rounded(attack["samples"])} '
+        f'<div class="label-block"><h3>{numbered} About {rounded(attack["samples"])} '
         f'samples labelled <em>{label}</em> share something {lacking}</h3><div class="attack">'
         f"<p>{_SIGNALS[attack['signal']]} The group stands {clear} apart (separation "
         f"{attack['separation']:.1f}; two populations begin to part at 2). {flagged} of its "
@@ -223,13 +225,10 @@ def trusted_set(facts: Facts, pictures: Pictures | None, shown: dict[int, Facts]
 def _shared_groups(facts: Facts, pictures: Pictures | None, shown: dict[int, Facts]) -> str:
     if not facts["shared_groups"] or pictures is None:
         return ""
-    blocks = "".join(
-        _attack_block(number, group, sheet, shown)
-        for number, (group, sheet) in enumerate(
-            zip(facts["shared_groups"], pictures.shared_sheets, strict=False), start=1
-        )
+    return "".join(
+        _attack_block(None, group, sheet, shown)
+        for group, sheet in zip(facts["shared_groups"], pictures.shared_sheets, strict=False)
     )
-    return f"<h3>Groups that trusted samples are in</h3>{blocks}"
 
 
 def _suspects(suspects: list[Facts], pictures: Pictures | None) -> str:

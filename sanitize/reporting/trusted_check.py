@@ -22,6 +22,8 @@ CHANCE = 0.01
 """As many of them as clean samples show with less than this probability are an alarm."""
 ALARMING_MEMBERS = 3
 """Fewer trusted samples than this in suspected attacks may have got there by chance."""
+LARGE_GROUP = 100
+"""Smaller groups of natural samples may be very clear, so that they are no alarm."""
 NAMED = 5
 
 Reasons = dict[int, list[str]]
@@ -102,7 +104,8 @@ def _in_shared_groups(data: RunData, reasons: Reasons) -> Facts:
                 reasons[row].append(
                     f"belongs to a group of about {size} that stands apart from the rest of {label}"
                 )
-    clear = [group for group in data.shared_groups if is_very_clear(group)]
+    large = [group for group in data.shared_groups if len(group["rows"]) >= LARGE_GROUP]
+    clear = [group for group in large if is_very_clear(group)]
     several = len(data.shared_groups) > 1
     where = f"in {len(data.shared_groups):,} groups" if several else "among samples"
     return _check(

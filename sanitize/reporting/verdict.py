@@ -49,7 +49,7 @@ def _sentence(facts: Facts, standing_out: int, shared: int) -> tuple[str, str]:
     if attacks and excess["known"] and excess["high"] >= 0:
         return "groups", _attacks_sentence(attacks)
     on_trusted = facts["trusted_check"]["checks"].get("shared_groups", {}).get("level") == "alarm"
-    if on_trusted and not shared and not (excess["known"] and excess["low"] > 0):
+    if on_trusted and not shared and not (excess["known"] and (excess["low"] > 0 or excess["high"] < 0)):
         return "trusted", (
             "Samples stand apart from the rest of their label as in an attack, and trusted samples are among "
             "them: check the trusted set first."
@@ -138,7 +138,8 @@ def _next_steps(code: str, run: RunDir, facts: Facts, where_known: bool) -> list
         steps.append("Do not train yet: the counts of the written shards do not add up (see below).")
     if attacks:
         steps.append("Look at the suspected attacks below: what do the members have that the others lack?")
-    if code in ("excess", "shared", "labels") or (code == "groups" and facts["groups"]):
+    some = {"groups": facts["groups"], "trusted": where_known}
+    if code in ("excess", "shared", "labels") or some.get(code):
         where = " Start with the labels named above." if where_known else ""
         steps.append(f"Look at the groups of suspicious samples below: do they share a mark?{where}")
     if counts["unusable"]:

@@ -160,8 +160,9 @@ def _add_groups(
         crisp = [group for group in groups if group is not None]
         lacking = [_lacks_trusted(group, inputs.trusted[rows[left]]) for group in crisp]
         suspected = [group for group, lacks in zip(crisp, lacking, strict=True) if lacks]
-        found.shared.extend(group for group, lacks in zip(crisp, lacking, strict=True) if not lacks)
         if not suspected:
+            # holding most of its trusted samples makes it the class itself, beside a large attack
+            found.shared.extend(g for g in crisp if 2 * g.trusted <= inputs.trusted[rows].sum())
             break
         found.suspected.extend(suspected)
         members = np.unique(np.concatenate([group.rows for group in suspected]))
