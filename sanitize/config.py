@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,6 +71,11 @@ class ProxyConfig:
             self.trajectory in ("eval", "online"), f"--trajectory {self.trajectory}: expected eval or online"
         )
         _require(0 <= self.seed < 2**31, f"--seed {self.seed}: expected 0 to {2**31 - 1}")
+
+
+def least_alpha(trusted: int) -> float:
+    """The smallest alpha that so many trusted samples can tell, rounded up to a thousandth."""
+    return math.ceil(1000 / (trusted + 1)) / 1000
 
 
 @dataclass(frozen=True, kw_only=True)

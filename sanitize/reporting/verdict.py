@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import shlex
 
+from sanitize.config import least_alpha
 from sanitize.reporting.facts import Facts
 from sanitize.reporting.text import listed, number_of, percent, rounded, shorten, visible
 from sanitize.rundir import RunDir
-from sanitize.scores.decide import least_alpha
 
 
 def judge(run: RunDir, facts: Facts) -> Facts:

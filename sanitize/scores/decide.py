@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sanitize.config import MIN_CLASS_TRUSTED, DecisionConfig
+from sanitize.config import MIN_CLASS_TRUSTED, DecisionConfig, least_alpha
 from sanitize.errors import InputError
 from sanitize.scores import ScoreInputs
 from sanitize.scores.features import log_losses
@@ -82,11 +82,6 @@ def check_alpha(alpha: float | None, trusted: int) -> None:
             f"--alpha {alpha:g} needs at least {math.ceil(1 / alpha) - 1} usable trusted samples and there "
             f"are {trusted}; take --alpha {least_alpha(trusted):g} or more, or --reject"
         )
-
-
-def least_alpha(trusted: int) -> float:
-    """The smallest alpha that `check_alpha` takes, rounded up to a thousandth."""
-    return math.ceil(1000 / (trusted + 1)) / 1000
 
 
 def conformal_p_values(
