@@ -24,9 +24,6 @@ REPAIRS = "pivotal-tuning, pivotal-unlearning, weight-decay, fine-pruning, nad, 
 INSPECT_METHODS = "combined, universal-changes, calibrated-trigger-inversion, neural-cleanse or quick"
 
 
-GOES_ON = ": the same command goes on from here"
-
-
 class _Group(TyperGroup):
     """Turns a SanitizeError into one message and its exit code, whichever command raised it."""
 
@@ -38,7 +35,8 @@ class _Group(TyperGroup):
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
             goes_on = ctx.invoked_subcommand in ("scan", "filter", "bench", "repair")
-            print(f"interrupted{GOES_ON if goes_on else ''}", file=sys.stderr)
+            advice = ": the same command goes on from here" if goes_on else ""
+            print(f"interrupted{advice}", file=sys.stderr)
             sys.exit(130)
 
 

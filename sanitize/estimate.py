@@ -15,7 +15,7 @@ from sanitize.config import ScanConfig
 from sanitize.corpus.index import Index, build_index
 from sanitize.corpus.pixels import ImageError, choose_resolution, decode, median_side
 from sanitize.corpus.sources import Source, open_tar
-from sanitize.pipeline import check_choices, cores, find_sources
+from sanitize.pipeline import check_choices, cores, find_sources, largest_label
 from sanitize.progress import Progress
 from sanitize.rundir import disk_errors
 from sanitize.scores.class_mixtures import SAMPLE_BYTES
@@ -58,7 +58,7 @@ def estimate(config: ScanConfig, progress: Progress) -> dict[str, Any]:
     setup, train_s = _train_s(config, usable, len(index.class_names), resolution)
     pixel_bytes = rows * resolution**2 * 3
     searched = scores.searches_groups(config.decision.method)
-    largest = max(pc.value_counts(index.table["label"]).field("counts").to_pylist()) if searched else 0
+    largest = largest_label(index.table["label"])[1] if searched else 0
     groups_s = usable * _GROUP_SECONDS if searched else 0.0
     return {
         "samples": rows - in_trusted,

@@ -15,7 +15,6 @@ import json
 import os
 import platform
 import shutil
-from collections import Counter
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -113,7 +112,7 @@ def filter_run(
             raise UsageError(f"the shards of {out} come from pipe: commands; pass --allow-pipe to run them")
         run.clear_temporary()
         _check_same_shards(run, corpus, with_trusted=False)
-        table = pq.read_table(run / INDEX)
+        table = pq.read_table(run / INDEX, columns=["label", "class_id", "trusted", "status"])
         _check_enough(table, decision)
         if not _is_scored(run, decision.method):
             _check_memory(table, decision.method)
@@ -238,8 +237,7 @@ def _check_memory(table: pa.Table, method: str) -> None:
 
     if not scores.searches_groups(method):
         return
-    labels = table.filter(pc.equal(table["status"], "ok"))["label"].to_pylist()
-    label, count = Counter(labels).most_common(1)[0]
+    label, count = largest_label(table.filter(pc.equal(table["status"], "ok"))["label"])
     needed, there = count * SAMPLE_BYTES, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:
         raise InputError(
@@ -247,6 +245,13 @@ def _check_memory(table: pa.Table, method: str) -> None:
             f"{needed / 1e9:.0f} GB of memory; this machine has {there / 1e9:.0f}. Scan the corpus in parts, "
             "or take --method label-conflict, which looks for no groups"
         )
+
+
+def largest_label(labels: pa.ChunkedArray) -> tuple[str, int]:
+    """The label that most samples have, and how many."""
+    counts = pc.value_counts(labels)
+    largest = counts[int(counts.field("counts").to_numpy().argmax())].as_py()
+    return largest["values"], largest["counts"]
 
 
 def _train(run: RunDir, config: ScanConfig, progress: Progress) -> None:

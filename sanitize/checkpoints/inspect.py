@@ -15,10 +15,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import numpy.typing as npt
 
-from sanitize.checkpoints import quick_statistics
 from sanitize.checkpoints.classifier import Classifier
 from sanitize.checkpoints.pivotal_tuning import start
-from sanitize.checkpoints.quick_statistics import head_indicators, largest_margins, robust_z
+from sanitize.checkpoints.quick_statistics import head_indicators, largest_margins, margins_s, robust_z
 from sanitize.checkpoints.repair import check, settings_of
 from sanitize.checkpoints.trigger_inversion import (
     WORKS,
@@ -234,7 +233,7 @@ def _quick(
         head = np.max([robust_z(values) for values in head_indicators(classifier).values()], axis=0)
     if not margins:
         return {"head": head}
-    expected_s = quick_statistics.estimated_s(classifier)
+    expected_s = margins_s(classifier)
     if expected_s > LONG_S:
         progress.note(
             f"margins of {classifier.classes:,} classes: about {expected_s / 60:.0f} min on this device"

@@ -39,8 +39,8 @@ def start(
         UsageError: the network has no feature maps.
 
     Source: Li et al., ICLR 2021, arXiv 2101.05930; Lukas and Kerschbaum, arXiv 2305.09671, appendix A.3 and
-    table 5. Where we differ: attention is taken after the last module of each resolution,
-    which in a ResNet is the end of each stage, so that any network with feature maps will do.
+    table 5. Where we differ: attention is taken after the last module of each resolution, which in a ResNet
+    is the end of each stage, so that any network with feature maps will do.
     """
     teacher = classifier.clone()
     schooling = replace(settings.schedule, steps=settings.teacher_steps)

@@ -93,7 +93,7 @@ def any_images(side: int) -> TrustedImages:
     return TrustedImages(pixels=np.full((1, side, side, 3), 127, np.uint8), class_id=np.zeros(1, np.int64))
 
 
-def estimated_s(classifier: Classifier) -> float:
+def margins_s(classifier: Classifier) -> float:
     """Seconds that the largest margins of all classes will take, from one timed step."""
     step_s = timed_step(classifier, any_images(classifier.resolution), MARGIN_STARTS)
     return MARGIN_STEPS * classifier.classes * step_s

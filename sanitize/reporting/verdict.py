@@ -138,8 +138,8 @@ def _next_steps(code: str, run: RunDir, facts: Facts, where_known: bool) -> list
         steps.append("Do not train yet: the counts of the written shards do not add up (see below).")
     if attacks:
         steps.append("Look at the suspected attacks below: what do the members have that the others lack?")
-    some = {"groups": facts["groups"], "trusted": where_known}
-    if code in ("excess", "shared", "labels") or some.get(code):
+    to_look_at = code in ("excess", "shared", "labels")
+    if to_look_at or (code == "groups" and facts["groups"]) or (code == "trusted" and where_known):
         where = " Start with the labels named above." if where_known else ""
         steps.append(f"Look at the groups of suspicious samples below: do they share a mark?{where}")
     if counts["unusable"]:

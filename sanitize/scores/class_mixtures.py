@@ -158,8 +158,8 @@ def _add_groups(
         splits = _splits(own, [hint[left] for hint in hints], inputs.seed)
         groups = [_group(split, rows[left], inputs, signal) for split in splits]
         crisp = [group for group in groups if group is not None]
-        lacking = [_lacks_trusted(group, inputs.trusted[rows[left]]) for group in crisp]
-        suspected = [group for group, lacks in zip(crisp, lacking, strict=True) if lacks]
+        trusted = inputs.trusted[rows[left]]
+        suspected = [group for group in crisp if _lacks_trusted(group, trusted)]
         if not suspected:
             # holding most of its trusted samples makes it the class itself, beside a large attack
             found.shared.extend(g for g in crisp if 2 * g.trusted <= inputs.trusted[rows].sum())

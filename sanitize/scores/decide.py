@@ -12,7 +12,7 @@ import numpy.typing as npt
 from sanitize.config import MIN_CLASS_TRUSTED, DecisionConfig, least_alpha
 from sanitize.errors import InputError
 from sanitize.scores import ScoreInputs
-from sanitize.scores.features import log_losses
+from sanitize.scores.features import log_losses, rows_by_class
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,10 +117,8 @@ def centre_within_class(
     would follow it. Dividing by a class's spread as well was tried and hides poison (docs/experiments.md).
     """
     values = scores.astype(np.float64)
-    order = np.argsort(class_id, kind="stable")
-    for rows in np.split(order, np.cumsum(np.bincount(class_id))[:-1]):
-        if len(rows):
-            values[rows] -= np.percentile(values[rows], 25)
+    for rows in rows_by_class(class_id):
+        values[rows] -= np.percentile(values[rows], 25)
     return values
 
 

@@ -28,6 +28,12 @@ def early_log_loss(trajectories: npt.NDArray[np.float32]) -> npt.NDArray[np.floa
     return mean
 
 
+def rows_by_class(class_id: npt.NDArray[np.int32]) -> list[npt.NDArray[np.intp]]:
+    """Rows of each class that has any, ascending, in one pass over the (N,) class ids, 0 to C-1."""
+    order = np.argsort(class_id, kind="stable")
+    return [rows for rows in np.split(order, np.cumsum(np.bincount(class_id))[:-1]) if len(rows)]
+
+
 def ranks_within_class(
     trajectories: npt.NDArray[np.float32], class_id: npt.NDArray[np.int32]
 ) -> npt.NDArray[np.float32]:

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sanitize.scores import Evidence, ScoreInputs
-from sanitize.scores.features import early_log_loss, log_losses
+from sanitize.scores.features import early_log_loss, log_losses, rows_by_class
 
 SECOND_OPINION = True
 FEW = 50
@@ -52,8 +52,7 @@ def in_spreads(values: npt.NDArray[np.float32], class_id: npt.NDArray[np.int32])
     """
     scaled = np.empty_like(values)
     everywhere = _lower_spread(values)
-    order = np.argsort(class_id, kind="stable")
-    for rows in np.split(order, np.flatnonzero(np.diff(class_id[order])) + 1):
+    for rows in rows_by_class(class_id):
         share = len(rows) / (len(rows) + FEW)
         spread = share * _lower_spread(values[rows]) + (1 - share) * everywhere
         scaled[rows] = (values[rows] - np.median(values[rows])) / max(spread, 1e-6)

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sanitize.scores import Images, ScoreInputs
+from sanitize.scores.features import rows_by_class
 from sanitize.scores.network import block_activations
 
 if TYPE_CHECKING:
@@ -118,11 +119,6 @@ def _values(
     return torch.cat(parts)
 
 
-def _by_class(class_id: npt.NDArray[np.int32]) -> list[Rows]:
-    order = np.argsort(class_id, kind="stable")
-    return [rows for rows in np.split(order, np.cumsum(np.bincount(class_id))[:-1]) if len(rows)]
-
-
 def _profiles(name: str, take: Callable[[Rows], torch.Tensor], inputs: ScoreInputs, floor: float) -> Classes:
     """Class by class, each value in units of its usual size in the corpus, each image with the same norm.
 
@@ -134,7 +130,7 @@ def _profiles(name: str, take: Callable[[Rows], torch.Tensor], inputs: ScoreInpu
     some = take(np.sort(rng.permutation(len(inputs.class_id))[:_SCALE_SAMPLES]))
     middle = some.median(0).values
     size = 1.4826 * (some - middle).abs().median(0).values + floor
-    for rows in _by_class(inputs.class_id):
+    for rows in rows_by_class(inputs.class_id):
         yield name, rows, _centred(_normed((take(rows) - middle) / size))
 
 
@@ -142,7 +138,7 @@ def _whitened(name: str, take: Callable[[Rows], torch.Tensor], inputs: ScoreInpu
     """Class by class, with the covariance that is left when classes are centred; `take` gives (n, D) rows."""
     import torch
 
-    classes = _by_class(inputs.class_id)
+    classes = rows_by_class(inputs.class_id)
     rng = np.random.default_rng([inputs.seed, 4])
     share = min(1.0, _COVARIANCE_SAMPLES / len(inputs.class_id))
     total: torch.Tensor | float = 0.0
