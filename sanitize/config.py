@@ -11,11 +11,13 @@ from typing import Any
 from sanitize.errors import UsageError
 
 MIN_TRUSTED = 50
-"""Fewest usable trusted samples: the k of BaDLoss, and what a p-value of 2 % needs."""
+"""Fewest usable trusted samples: the k of BaDLoss, and what an alpha of 0.05 needs (45)."""
 MIN_CLASS_TRUSTED = 10
 """Fewer trusted samples of a class than this, and a reason compares with all trusted samples."""
 
 DEFAULT_ALPHA = 0.05
+CONFIDENCE = 0.9
+"""Share of trusted sets with which a scan loses at most alpha of the clean samples."""
 DEFAULT_CLASS_CAP = 0.5
 
 
@@ -75,7 +77,7 @@ class ProxyConfig:
 
 def least_alpha(trusted: int) -> float:
     """The smallest alpha that so many trusted samples can tell, rounded up to a thousandth."""
-    return math.ceil(1000 / (trusted + 1)) / 1000
+    return math.ceil(1000 * (1 - (1 - CONFIDENCE) ** (1 / trusted))) / 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +85,8 @@ class DecisionConfig:
     method: str = "combined"
     """A module of ``sanitize.scores``, with dashes."""
     alpha: float | None = DEFAULT_ALPHA
-    """Conformal level: the share of clean samples that may be lost. None when reject is set."""
+    """Conformal level: the largest share of clean samples that may be lost, kept with a confidence of
+    `CONFIDENCE`. None when reject is set."""
     reject: float | None = None
     """Share of the corpus to flag, most suspicious first, instead of alpha."""
     class_cap: float | None = DEFAULT_CLASS_CAP

@@ -348,7 +348,7 @@ def test_badloss_end_to_end(run_copy: Path) -> None:
 
 def test_a_refused_decision_leaves_the_run_as_it_was(run_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = (run_copy / "manifest.json").read_bytes()
-    with pytest.raises(InputError, match=r"take --alpha 0.016 or more"):
+    with pytest.raises(InputError, match=r"take --alpha 0.036 or more"):
         sanitize.filter(run_copy, alpha=0.001)
     monkeypatch.setattr("sanitize.scores.badloss.MIN_TRUSTED", TRUSTED + 1)
     with pytest.raises(InputError, match="needs 64"):
@@ -363,9 +363,9 @@ def test_a_new_decision_by_the_same_method_keeps_the_budget(run_copy: Path) -> N
     assert (decision["alpha"], decision["reject"], decision["class_cap"]) == (None, 0.1, None)
     advised = json.loads((run_copy / "report.json").read_text())["verdict"]["next"][-1]["command"]
     assert advised.endswith("--reject 0.05 --no-class-cap")
-    sanitize.filter(run_copy, alpha=0.02)
+    sanitize.filter(run_copy, alpha=0.04)
     advised = json.loads((run_copy / "report.json").read_text())["verdict"]["next"][-1]["command"]
-    assert advised.endswith("--alpha 0.016")
+    assert advised.endswith("--alpha 0.036")
 
 
 @pytest.mark.parametrize("name", ["../../outside.tar", "/outside.tar"])

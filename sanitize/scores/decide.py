@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import betaincinv
 
-from sanitize.config import MIN_CLASS_TRUSTED, DecisionConfig, least_alpha
+from sanitize.config import CONFIDENCE, MIN_CLASS_TRUSTED, DecisionConfig, least_alpha
 from sanitize.errors import InputError
 from sanitize.scores import ScoreInputs
 from sanitize.scores.features import log_losses, rows_by_class
@@ -20,7 +21,7 @@ class Decision:
     """The decision over the usable samples, in their order; trusted samples are never flagged."""
 
     p_value: npt.NDArray[np.float32]
-    """(N,) conformal p-values."""
+    """(N,) conformal p-values, see `conformal_p_values`."""
     flagged: npt.NDArray[np.bool_]
     """(N,) True = to be quarantined."""
     spared_by_cap: int
@@ -76,18 +77,23 @@ def decide(
 
 
 def check_alpha(alpha: float | None, trusted: int) -> None:
-    """No p-value is below 1 / (trusted + 1): a smaller alpha would flag nothing, whatever there is."""
-    if alpha is not None and alpha < 1 / (trusted + 1):
+    """No p-value is below what so few trusted samples can tell: a smaller alpha would flag nothing."""
+    if alpha is not None and alpha < _upper_bounds(trusted)[1]:
+        needed = math.ceil(math.log(1 - CONFIDENCE) / math.log(1 - alpha))
         raise InputError(
-            f"--alpha {alpha:g} needs at least {math.ceil(1 / alpha) - 1} usable trusted samples and there "
-            f"are {trusted}; take --alpha {least_alpha(trusted):g} or more, or --reject"
+            f"--alpha {alpha:g} needs at least {needed} usable trusted samples and there are {trusted}; take "
+            f"--alpha {least_alpha(trusted):g} or more, or --reject"
         )
 
 
 def conformal_p_values(
     scores: npt.NDArray[np.floating], trusted: npt.NDArray[np.bool_]
 ) -> npt.NDArray[np.float32]:
-    """p = (1 + trusted samples that score at least as high) / (trusted samples + 1).
+    """The share of clean samples that score at least as high, at most, with a confidence of 90 %.
+
+    By (1 + j) / (n + 1), with j of n trusted samples scoring at least as high, a share alpha of the clean
+    samples is lost on average over many trusted sets, and more than alpha with every second one. This is the
+    upper confidence bound instead, the quantile of Beta(1 + j, n - j): a calibration-conditional p-value.
 
     All trusted samples are pooled, because a class seldom has enough of them for p-values of its own.
 
@@ -96,16 +102,23 @@ def conformal_p_values(
         trusted: (N,) bool, at least one True.
 
     Returns:
-        (N,) float32 in (0, 1]. Among clean samples that are exchangeable with the trusted ones, a share of
-        about alpha has p <= alpha. Nothing is promised about how much poison has.
+        (N,) float32 in (0, 1]. Of clean samples that are drawn like the trusted ones at most a share alpha
+        has p <= alpha, with nine trusted sets in ten. Nothing is promised about how much poison has.
 
-    Source: Vovk et al. 2005; Bates et al. 2023, arXiv 2104.08279.
+    Source: Vovk et al. 2005; Vovk 2012; Bates et al. 2023, arXiv 2104.08279, section 3.
     """
     calibration = np.sort(scores[trusted])
     at_least = len(calibration) - np.searchsorted(calibration, scores, side="left")
     # A trusted sample is compared with the others only: it counts as its own "1 +".
-    own = trusted.astype(np.int64)
-    return ((1 + at_least - own) / (len(calibration) + 1 - own)).astype(np.float32)
+    among_all = _upper_bounds(len(calibration))[np.minimum(1 + at_least, len(calibration) + 1)]
+    among_others = _upper_bounds(len(calibration) - 1)[np.clip(at_least, 1, len(calibration))]
+    return np.where(trusted, among_others, among_all).astype(np.float32)
+
+
+def _upper_bounds(count: int) -> npt.NDArray[np.float64]:
+    """(count + 2,) at 1 + j: the bound where j of `count` trusted samples score at least as high."""
+    ranks = np.arange(1, count + 1)
+    return np.concatenate([[0.0], betaincinv(ranks, count + 1 - ranks, CONFIDENCE), [1.0]])
 
 
 def centre_within_class(
