@@ -56,7 +56,10 @@ Shards = Annotated[
 RunFolder = Annotated[Path, typer.Argument(help="Run folder of a scan.")]
 Alpha = Annotated[
     float | None,
-    typer.Option(help="Share of clean samples that may be lost. Default 0.05 unless --reject is given."),
+    typer.Option(
+        help="Largest share of clean samples to lose, kept with 90 % confidence. "
+        "Default 0.05 unless --reject is given."
+    ),
 ]
 Reject = Annotated[
     float | None,

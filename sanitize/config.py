@@ -77,7 +77,8 @@ class ProxyConfig:
 
 def least_alpha(trusted: int) -> float:
     """The smallest alpha that so many trusted samples can tell, rounded up to a thousandth."""
-    return math.ceil(1000 * (1 - (1 - CONFIDENCE) ** (1 / trusted))) / 1000
+    unseen = math.exp(math.log(1 - CONFIDENCE) / trusted)
+    return math.ceil(1000 * (1 - unseen)) / 1000
 
 
 @dataclass(frozen=True, kw_only=True)

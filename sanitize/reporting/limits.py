@@ -81,9 +81,9 @@ def _budget(decision: dict[str, Any]) -> str:
         return (
             f"α = {alpha:g} is a budget: at most {100 * alpha:g} % of the clean samples are given up, in "
             "nine scans of ten, if the trusted samples are as good as drawn at random from the clean corpus. "
-            "The fewer they are, the more of the budget is left unspent to be that sure. Harmless groups that "
-            "are taken for attacks come on top. It is not a detection rate: it says nothing about how much of "
-            "the poison is found."
+            "The fewer they are, the more of the budget is left unspent to be that sure. Harmless groups "
+            "that are taken for attacks come on top. It is not a detection rate: it says nothing about how "
+            "much of the poison is found."
         )
     amount = f"{100 * reject:g} % of the corpus" if reject is not None else "A fixed share of the corpus"
     return (
