@@ -326,7 +326,13 @@ def repair(
     out: Annotated[
         Path, typer.Option(help="New checkpoint, in the input's format; an unfinished run goes on.")
     ],
-    method: Annotated[str, typer.Option(help=f"Repair: {REPAIRS}.")] = "pivotal-tuning",
+    method: Annotated[
+        str,
+        typer.Option(
+            help="Repair: auto (pivotal-tuning, and pivotal-unlearning where that keeps no model), "
+            f"{REPAIRS}."
+        ),
+    ] = "auto",
     max_accuracy_loss: Annotated[
         float,
         typer.Option(

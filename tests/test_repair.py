@@ -190,7 +190,7 @@ def test_networks_that_will_not_do() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "magic"}, "--method magic: expected one of pivotal-tuning"),
+        ({"method": "magic"}, "--method magic: expected auto, pivotal-tuning"),
         ({"max_accuracy_loss": 2.0}, "--max-accuracy-loss 2.0"),
         ({"held_out_ratio": 1.0}, "held_out_ratio 1.0"),
         ({"seed": -1}, "--seed -1"),

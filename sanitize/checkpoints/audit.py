@@ -32,8 +32,6 @@ from sanitize.rundir import disk_errors, write_atomic
 HTML, JSON = "report.html", "report.json"
 PICTURES = 8
 """Trusted images that a trigger is shown on."""
-ADVISED_REPAIR = "pivotal-unlearning"
-"""What kept a model where the published default kept none, see docs/benchmarks.md."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,7 +204,7 @@ def _next(found: Inspection, given: str) -> list[dict[str, str]]:
             },
             {
                 "text": "Repair it, then inspect the repaired checkpoint:",
-                "command": f"sanitize repair {given} --method {ADVISED_REPAIR} --out FIXED",
+                "command": f"sanitize repair {given} --out FIXED",
             },
         ]
     if found.verdict.method == "quick":
@@ -221,7 +219,7 @@ def _next(found: Inspection, given: str) -> list[dict[str, str]]:
             "text": "This does not prove the model clean: see below what it cannot tell. Where a backdoor "
             "would do harm, repair a copy all the same: it takes minutes, says what it cost, and may end "
             "without one that kept its accuracy:",
-            "command": f"sanitize repair {given} --method {ADVISED_REPAIR} --out FIXED",
+            "command": f"sanitize repair {given} --out FIXED",
         }
     ]
 

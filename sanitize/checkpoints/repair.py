@@ -39,6 +39,9 @@ _METHODS: dict[str, ModuleType] = {
     "nad": neural_attention_distillation,
     "neural-cleanse": neural_cleanse_unlearning,
 }
+AUTO = "auto"
+IN_TURN = ("pivotal-tuning", "pivotal-unlearning")
+"""What `auto` stands for: the next one where the one before kept no model."""
 LARGE_HEAD = 200
 """Classes from which on a method takes its settings for ImageNet."""
 
@@ -60,7 +63,7 @@ class RepairConfig:
 
     def __post_init__(self) -> None:
         if self.method not in _METHODS:
-            raise UsageError(f"--method {self.method}: expected one of {', '.join(_METHODS)}")
+            raise UsageError(f"--method {self.method}: expected {AUTO}, {', '.join(_METHODS)}")
         _require(
             0 <= self.max_accuracy_loss <= 1,
             f"--max-accuracy-loss {self.max_accuracy_loss}: expected a fraction from 0 to 1",
@@ -84,8 +87,17 @@ class Repaired:
 
 
 def methods() -> tuple[str, ...]:
-    """What `--method` takes; the first is the default."""
+    """Every single method; `--method` also takes `auto`, the default."""
     return tuple(_METHODS)
+
+
+def in_turn(method: str, **others: Any) -> list[RepairConfig]:
+    """The repairs that a `--method` stands for, each to be tried where the one before kept no model.
+
+    Raises:
+        UsageError: no such method, or as `RepairConfig`.
+    """
+    return [RepairConfig(method=name, **others) for name in (IN_TURN if method == AUTO else (method,))]
 
 
 def repair_classifier(

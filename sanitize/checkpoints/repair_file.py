@@ -10,9 +10,10 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from sanitize.errors import RunFolderError, UsageError
 from sanitize.progress import Progress
 from sanitize.rundir import _acquire, _differences, disk_errors, write_atomic
 
-CONFIG, CALIBRATED, STATE = "config.json", "calibrated.json", "state.pt"
+CONFIG, CALIBRATED, STATE = "config.json", "calibrated-{}.json", "state-{}.pt"
 MOST_INVERTED = 50
 """Classes up to which triggers are rebuilt for all of them; with more the measure is left out."""
 
@@ -62,7 +63,7 @@ class RepairReport:
 def repair_file(
     classifier: Classifier,
     trusted: TrustedImages,
-    config: RepairConfig,
+    configs: Sequence[RepairConfig],
     out: Path,
     source: str,
     save: Save,
@@ -74,6 +75,7 @@ def repair_file(
     """Repair a loaded checkpoint and write the result; an interrupted run to the same `out` goes on.
 
     Args:
+        configs: repairs to try in turn until one keeps a model, see `repair.in_turn`.
         source: the checkpoint as the user named it.
         save: writes a state dict in the checkpoint's format.
 
@@ -86,14 +88,21 @@ def repair_file(
     for path in (out, facts_path):
         if path.exists() and not (path == facts_path and _came_to_nothing(path)):
             raise UsageError(f"{path} is there already; give another --out, or move it away")
-    wanted = _identity(classifier, trusted, config, with_calibration, with_retune_check)
+    wanted = _identity(classifier, trusted, configs, with_calibration, with_retune_check)
     with _partial(out.with_name(out.name + ".partial"), wanted) as partial:
         facts: dict[str, Any] = {"sanitize": sanitize.__version__, "source": source}
-        if with_calibration:
-            facts["calibration"] = _calibrated(classifier, trusted, config, partial, progress)
-            config = replace(config, settings=facts["calibration"]["chosen"])
-        found = repair_classifier(classifier, trusted, config, progress, partial / STATE)
-        facts |= {**found.facts, "history": found.history}
+        failed: list[dict[str, Any]] = []
+        for config, following in zip_longest(configs, configs[1:]):
+            if with_calibration:
+                facts["calibration"] = _calibrated(classifier, trusted, config, partial, progress)
+                config = replace(config, settings=facts["calibration"]["chosen"])
+            state = partial / STATE.format(config.method)
+            found = repair_classifier(classifier, trusted, config, progress, state)
+            if found.facts["repaired"] or following is None:
+                break
+            progress.note(f"{config.method} kept no model; {following.method} is tried")
+            failed.append({"method": config.method, "last": found.history[-1]})
+        facts |= {**found.facts, "history": found.history, "tried_before": failed}
         facts["inverted_trigger"] = inverted_trigger(classifier, found, trusted, config, progress)
         if with_retune_check:
             facts["retune_check"] = retune_check(classifier, trusted, config, progress)
@@ -151,18 +160,20 @@ def inverted_trigger(
 def in_words(report: RepairReport) -> str:
     """The few lines that `sanitize repair` prints."""
     facts = report.facts
+    before = [entry["method"] for entry in facts["tried_before"]]
     change, error = 100 * facts["accuracy_change"], 100 * facts["accuracy_change_se"]
     limit = f"{100 * facts['max_accuracy_loss']:g} points"
     if report.repaired:
+        unlike = f" ({' and '.join(before)} kept no model)" if before else ""
         first = (
-            f"Repaired by {facts['method']}; kept step {facts['kept_step']}. That accuracy fell by {limit} "
-            f"or less is {facts['confidence_within']:.0%} sure."
+            f"Repaired by {facts['method']}{unlike}; kept step {facts['kept_step']}. That accuracy fell by "
+            f"{limit} or less is {facts['confidence_within']:.0%} sure."
         )
     else:
         first = (
-            f"Not repaired: every model of {facts['method']} clearly lost more than {limit}. Nothing was "
-            "written; trust more images, or try another --method (pivotal-unlearning is gentler on small "
-            "networks), --calibrate or a larger --max-accuracy-loss."
+            f"Not repaired: every model of {' and '.join([*before, facts['method']])} clearly lost more than "
+            f"{limit}. Nothing was written; trust more images, or try another --method, --calibrate or a "
+            "larger --max-accuracy-loss."
         )
     lines = [
         first,
@@ -193,7 +204,7 @@ def _calibrated(
     classifier: Classifier, trusted: TrustedImages, config: RepairConfig, partial: Path, progress: Progress
 ) -> dict[str, Any]:
     """Facts of the calibration, from an interrupted run if it got that far."""
-    path = partial / CALIBRATED
+    path = partial / CALIBRATED.format(config.method)
     if path.exists():
         facts: dict[str, Any] = json.loads(path.read_text())
         return facts
@@ -227,7 +238,11 @@ def _partial(path: Path, wanted: dict[str, Any]) -> Iterator[Path]:
 
 
 def _identity(
-    classifier: Classifier, trusted: TrustedImages, config: RepairConfig, calibration: bool, retune: bool
+    classifier: Classifier,
+    trusted: TrustedImages,
+    configs: Sequence[RepairConfig],
+    calibration: bool,
+    retune: bool,
 ) -> dict[str, Any]:
     """What has to be equal for an interrupted run to go on."""
     weights, images = hashlib.sha256(), hashlib.sha256()
@@ -235,7 +250,8 @@ def _identity(
         weights.update(name.encode() + value.cpu().numpy().tobytes())
     images.update(trusted.pixels.tobytes() + trusted.class_id.tobytes())
     return {
-        **dataclasses.asdict(config),
+        **dataclasses.asdict(configs[0]),
+        "method": [config.method for config in configs],
         "calibrate": calibration,
         "retune_check": retune,
         "checkpoint_sha256": weights.hexdigest(),
