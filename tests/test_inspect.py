@@ -301,7 +301,7 @@ def test_the_command_that_the_report_advises_can_be_run_as_it_is(
         model(backdoor=4.0), images(), config(), tmp_path, "m.pt", Silent(), (), ["m.pt", "--trusted", "a b"]
     )
     assert report.facts["verdict"]["next"][-1]["command"] == (
-        "sanitize repair m.pt --trusted 'a b' --method pivotal-unlearning --out FIXED"
+        "sanitize repair m.pt --trusted 'a b' --out FIXED"
     )
 
 

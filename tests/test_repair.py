@@ -13,6 +13,7 @@ from sanitize.checkpoints import tuning
 from sanitize.checkpoints.classifier import Classifier
 from sanitize.checkpoints.fine_pruning import last_convolution
 from sanitize.checkpoints.neural_attention_distillation import stage_names
+from sanitize.checkpoints.pivotal_unlearning import with_patches
 from sanitize.checkpoints.repair import RepairConfig, Repaired, methods, repair_classifier, settings_of
 from sanitize.checkpoints.trusted import TrustedImages
 from sanitize.checkpoints.tuning import accuracy
@@ -250,3 +251,19 @@ def test_auxiliary_heads_are_left_alone() -> None:
         network, head="fc", resolution=96, mean=[0.5] * 3, std=[0.5] * 3, architecture="googlenet"
     ).train()
     assert classifier(torch.rand(2, 3, 96, 96)).shape == (2, CLASSES)
+
+
+def test_patches_of_other_images() -> None:
+    pixels = torch.arange(400.0).view(400, 1, 1, 1).expand(400, 3, 12, 12)
+    torch.manual_seed(0)
+    mixed = with_patches(pixels, 0.5)
+    other = mixed != pixels
+    share = other[:, 0].float().mean(dim=(1, 2))
+    assert (share > 0).float().mean().item() == pytest.approx(0.5, abs=0.1)
+    assert share.max() <= 0.75  # 0.6 of the area, and up to a pixel more each way
+    for row in (share > 0).nonzero()[:20, 0]:
+        foreign = mixed[row][other[row]]
+        assert len(foreign.unique()) == 1
+        inside = other[row, 0]
+        assert inside.sum() == inside.any(0).sum() * inside.any(1).sum()  # one rectangle
+    assert torch.equal(with_patches(pixels, 0.0), pixels)
