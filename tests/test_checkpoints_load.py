@@ -717,3 +717,30 @@ def test_open_clip_folders_that_would_fetch_or_run_something(tmp_path: Path) -> 
     path.write_text("{}")
     with pytest.raises(InputError, match="has no model_cfg"):
         loaded(tmp_path, class_names=NAMES)
+
+
+def test_a_lightning_module_with_weights_beside_its_network(tmp_path: Path) -> None:
+    network = small(3)
+    state = {f"model.{name}": value for name, value in network.state_dict().items()}
+    state |= {"criterion.weight": torch.ones(3), "accuracy.seen": torch.tensor(7)}
+    path = saved(tmp_path / "last.ckpt", {"pytorch-lightning_version": "2.0", "state_dict": state})
+    found = loaded(path, **SMALL)
+    pixels = torch.rand(2, 3, 16, 16)
+    with torch.no_grad():
+        expected = network((pixels - found.classifier.mean) / found.classifier.std)
+        assert torch.equal(found.classifier(pixels), expected)
+    (note,) = [note for note in found.notes if "criterion" in note]
+    assert note.startswith("criterion.weight, accuracy.seen are not the network's")
+    changed = {name: value + 1 for name, value in network.state_dict().items()}
+    load.save(found, changed, tmp_path / "fixed.ckpt")
+    written = torch.load(tmp_path / "fixed.ckpt", weights_only=True)["state_dict"]
+    assert list(written) == list(state)
+    assert torch.equal(written["criterion.weight"], torch.ones(3))
+    assert torch.equal(written["model.0.weight"], changed["0.weight"])
+
+
+def test_names_with_a_prefix_that_are_only_part_of_the_network(tmp_path: Path) -> None:
+    """A head outside the prefix that most names have is still the network's."""
+    state = {f"model.{name}" if name[0] in "01" else name: v for name, v in small(3).state_dict().items()}
+    with pytest.raises(InputError, match=r"missing: 5\.weight"):
+        loaded(saved(tmp_path / "m.pt", state), **SMALL)

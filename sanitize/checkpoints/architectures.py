@@ -54,7 +54,7 @@ class Fit:
     """How the names and shapes of a network and a checkpoint compare."""
 
     prefix: str
-    """Of all names in the checkpoint."""
+    """Of most names in the checkpoint; the others are not the network's."""
     classes: int
     missing: tuple[str, ...]
     """The network has them, the checkpoint does not."""
@@ -134,7 +134,7 @@ def _found(arch: str, network: nn.Module, fit: Fit, shapes: Shapes, notes: tuple
 def compare(network: Shapes, checkpoint: Shapes) -> Fit:
     """Fit a checkpoint to a network that was built for `_CLASSES` classes, or for its own number.
 
-    Every prefix that all names have is tried; the best fit is returned. Where the network is `_CLASSES`
+    Every prefix that most names have is tried; the best fit is returned. Where the network is `_CLASSES`
     wide the checkpoint may have any width, the same one everywhere. The counters of batch normalisation
     may be missing: PyTorch before 0.4.1 had none.
     """

@@ -323,18 +323,22 @@ def _check_finite(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def prefixes(names: Mapping[str, Any]) -> list[str]:
-    """Prefixes that wrappers (DDP, torch.compile, Lightning) put before all names: "" first, then nested.
+    """Prefixes that wrappers (DDP, torch.compile, Lightning) put before most names: "" first, then nested.
 
-    The counter of averaged weights has none and is left out of account.
+    Most, because a Lightning module has weights beside its network's, such as those of a loss.
     """
-    own = [name for name in names if name not in _COUNTERS]
     found = [""]
-    while own:
-        more = next((p for p in _PREFIXES if all(name.startswith(found[-1] + p) for name in own)), None)
+    while True:
+        inside = [name.removeprefix(found[-1]) for name in names if name.startswith(found[-1])]
+        more = next((p for p in _PREFIXES if 2 * sum(n.startswith(p) for n in inside) > len(inside)), None)
         if more is None:
-            break
+            return found
         found.append(found[-1] + more)
-    return found
+
+
+def outside(names: Mapping[str, Any], prefix: str) -> list[str]:
+    """Names that do not begin with a prefix; the counter of averaged weights is left out of account."""
+    return [name for name in names if not name.startswith(prefix) and name not in _COUNTERS]
 
 
 def stripped(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:

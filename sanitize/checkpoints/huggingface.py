@@ -46,7 +46,7 @@ class Assembled:
     """As it would be given to ``--arch``."""
     restore: Restore
     prefix: str
-    """Of all names in the file, which the bare weights go without."""
+    """Of the names of the network's weights in the file, which the bare weights go without."""
     preprocessing: Preprocessing | None
     class_names: Sequence[str] | None
     notes: tuple[str, ...]

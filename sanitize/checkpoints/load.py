@@ -355,6 +355,13 @@ def _file_notes(file: StateFile, assembled: Assembled) -> list[str]:
         )
     if assembled.prefix:
         notes.append(f'the names begin with "{assembled.prefix}", which is put back on saving')
+    others = files.outside(file.tensors, assembled.prefix)
+    if others:
+        more = f" and {len(others) - files.NAMED} more" if len(others) > files.NAMED else ""
+        notes.append(
+            f"{', '.join(others[: files.NAMED])}{more} are not the network's: not looked at, and saved as "
+            "they are"
+        )
     dtypes = sorted(
         {str(v.dtype).removeprefix("torch.") for v in file.tensors.values() if v.is_floating_point()}
     )
