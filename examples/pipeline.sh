@@ -13,7 +13,7 @@ fi
 shards=$1 trusted=$2 run=${3%/}
 shift 3
 
-# Well above alpha: a clean corpus has about alpha flagged.
+# Well above alpha: a clean corpus has up to alpha flagged.
 code=0
 sanitize scan "$shards" --trusted "$trusted" --out "$run" --alpha 0.1 --fail-on 0.2 || code=$?
 if ((code == 5)); then

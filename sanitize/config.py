@@ -76,8 +76,8 @@ class ProxyConfig:
 
 
 def least_alpha(trusted: int) -> float:
-    """The smallest alpha that so many trusted samples can tell, rounded up to a thousandth."""
-    unseen = math.exp(math.log(1 - CONFIDENCE) / trusted)
+    """The smallest alpha that so many trusted samples can tell, rounded up to a thousandth; 1 if none can."""
+    unseen = math.exp(math.log(1 - CONFIDENCE) / trusted) if trusted else 0.0
     return math.ceil(1000 * (1 - unseen)) / 1000
 
 

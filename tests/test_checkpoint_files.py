@@ -157,13 +157,30 @@ def test_new_values_get_the_dtype_of_the_file(tmp_path: Path) -> None:
     assert all(torch.equal(value, WRAPPINGS["half"][name]) for name, value in found.items())
 
 
+def test_a_copy_is_replaced_whole_and_another_network_is_not(tmp_path: Path) -> None:
+    """Most names begin with "backbone.", but the head is the network's too."""
+    mine = {"backbone.a": torch.zeros(2), "backbone.b": torch.zeros(2), "fc": torch.zeros(2)}
+    other = {"backbone.a": torch.ones(2), "backbone.b": torch.ones(2), "head": torch.ones(2)}
+    path, out = tmp_path / "in.pt", tmp_path / "out.pt"
+    torch.save({"state_dict": mine, "last": dict(mine), "pretrained": other}, path)
+    file = files.read(path)
+    assert files.copies(file, "") == ["last"]
+    new = {name: value + 5 for name, value in mine.items()}
+    files.write(file, new, out, "")
+    found = torch.load(out, weights_only=True)
+    for name, value in new.items():
+        assert torch.equal(found["state_dict"][name], value)
+        assert torch.equal(found["last"][name], value)
+    assert all(torch.equal(found["pretrained"][name], value) for name, value in other.items())
+
+
 def test_both_sets_of_weights_are_replaced(tmp_path: Path) -> None:
     """Nobody may take the unrepaired weights from a repaired file; the averaged ones are worked on."""
     path, out = tmp_path / "in.pt", tmp_path / "out.pt"
     torch.save(WRAPPINGS["ema"], path)
     file = files.read(path)
     assert file.where == ("model_ema",)
-    assert files.copies(file) == ["model"]
+    assert files.copies(file, files.prefixes(file.tensors)[-1]) == ["model"]
     new = torch.full((2, 4), 9.0)
     files.write(file, {"module.3.weight": new}, out, "module.")
     found = torch.load(out, weights_only=True)

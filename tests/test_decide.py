@@ -5,7 +5,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy.stats import binom
 
-from sanitize.config import DecisionConfig
+from sanitize.config import CONFIDENCE, DecisionConfig, least_alpha
 from sanitize.errors import InputError, UsageError
 from sanitize.scores import ScoreInputs, decide
 from sanitize.scores.decide import (
@@ -222,6 +222,14 @@ def test_an_alpha_that_could_flag_nothing_is_refused() -> None:
     ):
         decide.decide(scores, class_id, trusted, config(alpha=0.01))
     assert decide.decide(scores, class_id, trusted, config(alpha=0.037)).flagged.any()
+
+
+def test_what_no_trusted_sample_can_tell_is_refused() -> None:
+    for trusted, alpha in ((0, 0.05), (1, 0.5), (250, 1e-17)):
+        with pytest.raises(InputError, match="usable trusted samples"):
+            decide.check_alpha(alpha, trusted)
+    assert least_alpha(0) == 1
+    assert least_alpha(1) == CONFIDENCE
 
 
 def test_nothing_to_reject_is_refused() -> None:

@@ -23,7 +23,7 @@ from sanitize.checkpoints.repair_file import RepairReport, in_words, repair_file
 from sanitize.checkpoints.trigger_inversion import InversionConfig
 from sanitize.checkpoints.tuning import Schedule
 from sanitize.checkpoints.weight_decay import Settings as WeightDecay
-from sanitize.errors import RunFolderError, UsageError
+from sanitize.errors import RunFolderError, TrainingError, UsageError
 from sanitize.progress import Silent
 
 SETTINGS = {"steps": 30, "measure_every": 5}
@@ -85,15 +85,27 @@ def test_by_default_a_second_method_is_tried_where_the_first_keeps_nothing(
     line = checkpoint_and_shards(tmp_path)
     done = run_cli(*line, "--max-accuracy-loss", "0.5", "--json")
     facts = json.loads(done.out)
-    assert "pivotal-tuning kept no model; pivotal-unlearning is tried" in done.err
+    assert "pivotal-tuning kept no model; another method is tried" in done.err
     assert facts["repaired"]
     assert facts["method"] == "pivotal-unlearning"
     (before,) = facts["tried_before"]
     assert before["method"] == "pivotal-tuning"
-    assert not before["last"]["within"]
+    assert not before["history"][-1]["within"]
     alone = repaired(tmp_path / "alone", {}, "pivotal-unlearning")
     assert alone.facts["tried_before"] == []
     assert alone.facts["history"] == facts["history"]
+
+
+def test_by_default_a_second_method_is_tried_where_the_first_diverges(tmp_path: Path) -> None:
+    settings = {"steps": 30, "measure_every": 5, "learning_rate": 1e30}
+    with pytest.raises(TrainingError, match="the loss was not finite"):
+        repaired(tmp_path / "alone", settings)
+    configs = [*in_turn("pivotal-tuning", settings=settings), *in_turn("weight-decay", settings=SETTINGS)]
+    report = repair_file(trained(30), images(120, 5), configs, tmp_path / "fixed", "m.pt", save, Silent())
+    assert report.facts["method"] == "weight-decay"
+    (before,) = report.facts["tried_before"]
+    assert before["method"] == "pivotal-tuning"
+    assert "the loss was not finite" in before["error"]
 
 
 def test_by_default_what_the_first_method_keeps_is_taken(tmp_path: Path) -> None:
@@ -221,10 +233,12 @@ def test_the_command_says_what_is_wrong(tmp_path: Path, more: list[str], code: i
 
 
 def test_the_help_names_every_method() -> None:
-    from sanitize.checkpoints.repair import methods
+    from sanitize.checkpoints.repair import IN_TURN, methods
     from sanitize.cli import REPAIRS
 
     assert ", ".join(methods()) == REPAIRS
+    said = " ".join(run_cli("repair", "--help").out.split())
+    assert f"auto ({IN_TURN[0]}, and {IN_TURN[1]} where that keeps no model)" in said
 
 
 def test_what_a_repair_without_a_result_left_is_written_over(tmp_path: Path) -> None:

@@ -258,7 +258,8 @@ def _did_you_mean(close: list[str]) -> str:
 def _torchvision_options(name: str, shapes: Shapes) -> dict[str, Any]:
     """What the shapes tell of a variant: auxiliary heads, and a transformer's image size."""
     if name in ("googlenet", "inception_v3"):
-        auxiliary = any("aux" in own.lower() for own in shapes)
+        inside = stripped(shapes, prefixes(shapes)[-1])
+        auxiliary = any("aux" in own.lower() for own in inside)
         return {"init_weights": False, "aux_logits": auxiliary}
     positions = _ends_with(shapes, "encoder.pos_embedding")
     patch = _ends_with(shapes, "conv_proj.weight")

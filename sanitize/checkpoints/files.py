@@ -377,7 +377,7 @@ def write(file: StateFile, values: Mapping[str, torch.Tensor], path: Path, prefi
         if file.format == "safetensors":
             write_atomic(path, _patched_safetensors(file.path, tensors))
             return [path]
-        write_atomic(path, _torch_bytes(file, tensors))
+        write_atomic(path, _torch_bytes(file, tensors, prefix))
         own = {name: value.detach().clone().contiguous() for name, value in stripped(tensors, prefix).items()}
         write_atomic(bare, safetensors_bytes(own, metadata={"format": "pt"}))
     return [path, bare]
@@ -422,10 +422,10 @@ def _patched_safetensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> byt
     return bytes(content)
 
 
-def _torch_bytes(file: StateFile, tensors: Mapping[str, torch.Tensor]) -> bytes:
+def _torch_bytes(file: StateFile, tensors: Mapping[str, torch.Tensor], prefix: str) -> bytes:
     content = _with_state(file.content, file.where, tensors)
     if any(tensors[name] is not old for name, old in file.tensors.items()):
-        for where, renamed in _copies(file):
+        for where, renamed in _copies(file, prefix):
             content = _with_state(
                 content, where, {theirs: tensors[ours].clone() for theirs, ours in renamed.items()}
             )
@@ -446,9 +446,13 @@ def _with_state(value: Any, where: tuple[str, ...], tensors: Mapping[str, torch.
     return copied
 
 
-def _copies(file: StateFile) -> Iterator[tuple[tuple[str, ...], dict[str, str]]]:
-    """Other sets of the same weights in a file: where they are, and which of our names each of theirs is."""
-    ours = stripped(dict(zip(file.tensors, file.tensors, strict=True)), prefixes(file.tensors)[-1])
+def _copies(file: StateFile, prefix: str) -> Iterator[tuple[tuple[str, ...], dict[str, str]]]:
+    """Other sets of the network's weights in a file: where they are, and our name for each of theirs.
+
+    Args:
+        prefix: of the network's names in the file.
+    """
+    ours = stripped(dict(zip(file.tensors, file.tensors, strict=True)), prefix)
     for where in _descend(file.content, None):
         if where == file.where:
             continue
@@ -456,17 +460,18 @@ def _copies(file: StateFile) -> Iterator[tuple[tuple[str, ...], dict[str, str]]]
         for key in where:
             state = state[key]
         state = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
-        prefix = prefixes(state)[-1]
-        theirs = stripped(dict(zip(state, state, strict=True)), prefix)
-        if theirs.keys() == ours.keys() and all(
-            state[theirs[name]].shape == file.tensors[ours[name]].shape for name in ours
-        ):
-            yield where, {theirs[name]: ours[name] for name in ours}
+        for own_prefix in prefixes(state):
+            theirs = stripped(dict(zip(state, state, strict=True)), own_prefix)
+            if theirs.keys() == ours.keys() and all(
+                state[theirs[name]].shape == file.tensors[ours[name]].shape for name in ours
+            ):
+                yield where, {theirs[name]: ours[name] for name in ours}
+                break
 
 
-def copies(file: StateFile) -> list[str]:
-    """Where other sets of the same weights are in the file, as dotted keys."""
-    return [".".join(where) for where, _ in _copies(file)] if file.content is not None else []
+def copies(file: StateFile, prefix: str) -> list[str]:
+    """Where other sets of the weights whose names begin with `prefix` are in the file, as dotted keys."""
+    return [".".join(where) for where, _ in _copies(file, prefix)] if file.content is not None else []
 
 
 def _short(error: Exception) -> str:

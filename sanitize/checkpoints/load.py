@@ -347,10 +347,10 @@ def _file_notes(file: StateFile, assembled: Assembled) -> list[str]:
     notes = []
     if file.where:
         notes.append(f"the weights are those under {'.'.join(file.where)} in {file.path.name}")
-    others = files.copies(file)
-    if others:
+    copies = files.copies(file, assembled.prefix)
+    if copies:
         notes.append(
-            f"{file.path.name} holds the same weights under {', '.join(others)} as well, not looked at; a "
+            f"{file.path.name} holds the same weights under {', '.join(copies)} as well, not looked at; a "
             "repair writes the repaired ones there too"
         )
     if assembled.prefix:
@@ -359,8 +359,8 @@ def _file_notes(file: StateFile, assembled: Assembled) -> list[str]:
     if others:
         more = f" and {len(others) - files.NAMED} more" if len(others) > files.NAMED else ""
         notes.append(
-            f"{', '.join(others[: files.NAMED])}{more} are not the network's: not looked at, and saved as "
-            "they are"
+            f"not taken for the network's, and saved as they are: {', '.join(others[: files.NAMED])}{more}; "
+            "if the network needs them, name it with --arch"
         )
     dtypes = sorted(
         {str(v.dtype).removeprefix("torch.") for v in file.tensors.values() if v.is_floating_point()}

@@ -26,9 +26,9 @@ LARGEST_PATCH = 0.6
 class Settings:
     schedule: Schedule = field(default_factory=lambda: Schedule(steps=200, learning_rate=0.005, decay=True))
     clean_weight: float = 2.0
-    """Of the pivot's answers on clean images."""
+    """Of the pivot's answers on images without a change."""
     changed_weight: float = 2.0
-    """Of the pivot's answers on the clean images, given on the changed ones."""
+    """Of the same answers, given on the changed images."""
     radius: float = 0.0217
     """Root mean square of a change over its pixels and channels, of values in [0, 1]."""
     search_steps: int = 20

@@ -13,7 +13,6 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from sanitize.checkpoints.trigger_inversion import (
     smallest_working,
 )
 from sanitize.checkpoints.trusted import TrustedImages, split
-from sanitize.errors import RunFolderError, UsageError
+from sanitize.errors import RunFolderError, TrainingError, UsageError
 from sanitize.progress import Progress
 from sanitize.rundir import _acquire, _differences, disk_errors, write_atomic
 
@@ -90,19 +89,10 @@ def repair_file(
             raise UsageError(f"{path} is there already; give another --out, or move it away")
     wanted = _identity(classifier, trusted, configs, with_calibration, with_retune_check)
     with _partial(out.with_name(out.name + ".partial"), wanted) as partial:
-        facts: dict[str, Any] = {"sanitize": sanitize.__version__, "source": source}
-        failed: list[dict[str, Any]] = []
-        for config, following in zip_longest(configs, configs[1:]):
-            if with_calibration:
-                facts["calibration"] = _calibrated(classifier, trusted, config, partial, progress)
-                config = replace(config, settings=facts["calibration"]["chosen"])
-            state = partial / STATE.format(config.method)
-            found = repair_classifier(classifier, trusted, config, progress, state)
-            if found.facts["repaired"] or following is None:
-                break
-            progress.note(f"{config.method} kept no model; {following.method} is tried")
-            failed.append({"method": config.method, "last": found.history[-1]})
-        facts |= {**found.facts, "history": found.history, "tried_before": failed}
+        config, found, facts = _first_that_keeps_a_model(
+            classifier, trusted, configs, partial, progress, with_calibration
+        )
+        facts = {"sanitize": sanitize.__version__, "source": source, **facts}
         facts["inverted_trigger"] = inverted_trigger(classifier, found, trusted, config, progress)
         if with_retune_check:
             facts["retune_check"] = retune_check(classifier, trusted, config, progress)
@@ -113,6 +103,40 @@ def repair_file(
             write_atomic(facts_path, json.dumps(facts, indent=1, allow_nan=False).encode("ascii"))
         shutil.rmtree(partial)
     return RepairReport(path=out, repaired=repaired, facts=facts)
+
+
+def _first_that_keeps_a_model(
+    classifier: Classifier,
+    trusted: TrustedImages,
+    configs: Sequence[RepairConfig],
+    partial: Path,
+    progress: Progress,
+    with_calibration: bool,
+) -> tuple[RepairConfig, Repaired, dict[str, Any]]:
+    """Repair by one configuration after the other; the last one made, what it gave, and the facts of all."""
+
+    def attempt(config: RepairConfig) -> tuple[RepairConfig, Repaired, dict[str, Any]]:
+        facts = {}
+        if with_calibration:
+            facts["calibration"] = _calibrated(classifier, trusted, config, partial, progress)
+            config = replace(config, settings=facts["calibration"]["chosen"])
+        state = partial / STATE.format(config.method)
+        found = repair_classifier(classifier, trusted, config, progress, state)
+        return config, found, {**facts, **found.facts, "history": found.history, "tried_before": failed}
+
+    *earlier, last = configs
+    failed: list[dict[str, Any]] = []
+    for config in earlier:
+        try:
+            made = attempt(config)
+        except TrainingError as error:
+            failed.append({"method": config.method, "error": str(error)})
+        else:
+            if made[1].facts["repaired"]:
+                return made
+            failed.append({name: value for name, value in made[2].items() if name != "tried_before"})
+        progress.note(f"{config.method} kept no model; another method is tried")
+    return attempt(last)
 
 
 def _came_to_nothing(facts: Path) -> bool:
