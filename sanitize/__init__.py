@@ -242,7 +242,8 @@ def repair(
         trusted: clean images with the model's labels, in the form of a scan's; two or more a class.
         out: new checkpoint in the input's format; OUT.json with all facts lies beside it.
         method: see ``sanitize repair --help``.
-        max_accuracy_loss: how far held-out accuracy may fall, as a fraction, give or take a standard error.
+        max_accuracy_loss: how far held-out accuracy may fall, as a fraction; one standard error more,
+            up to twice as much, passes.
         calibrate: choose the method's settings on a backdoor planted in a copy.
         retune_check: plant a backdoor in a copy, repair it, and try to bring it back.
         arch: ``auto``, ``torchvision:NAME``, ``timm:NAME``, ``hf:FOLDER`` or ``package.module:factory``.

@@ -336,7 +336,8 @@ def repair(
     max_accuracy_loss: Annotated[
         float,
         typer.Option(
-            help="How far held-out accuracy may fall, as a fraction, give or take a standard error."
+            help="How far held-out accuracy may fall, as a fraction; one standard error more, up to twice "
+            "as much, passes."
         ),
     ] = 0.02,
     calibrate: Annotated[

@@ -69,7 +69,9 @@ def test_the_last_model_within_the_limit_is_kept() -> None:
     model = trained(30)
     found = repaired(model, settings={"steps": 40, "measure_every": 1, "learning_rate": 0.5})
     assert found.facts["stopped"] == "accuracy"
-    within = [-e["accuracy_change"] <= 0.02 + e["accuracy_change_se"] + 1e-9 for e in found.history]
+    within = [
+        -e["accuracy_change"] <= 0.02 + min(e["accuracy_change_se"], 0.02) + 1e-9 for e in found.history
+    ]
     assert [e["within"] for e in found.history] == within
     assert within[0]
     assert not within[-1]
@@ -84,7 +86,10 @@ def test_the_change_of_accuracy_is_measured_image_by_image() -> None:
     assert found.change == pytest.approx(-0.1)
     assert found.standard_error == 0.25  # of one changed image; the spread alone would be 0.13
     assert found.confidence(0.1) == pytest.approx(0.5)
-    assert found.within(0.0)
+    assert found.within(0.05)
+    assert not found.within(
+        0.04
+    )  # a standard error is more than that, but no loss over twice the limit passes
     assert not tuning.Change(0.5, -0.2, 0.1).within(0.09)
 
 
