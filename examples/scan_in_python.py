@@ -15,7 +15,7 @@ from sanitize.progress import for_stderr
 def main(shards: str, trusted: str, out: str) -> int:
     """Scan, print what was found per class, and return an exit code."""
     try:
-        report = sanitize.scan(shards, trusted=trusted, out=out, alpha=0.05, progress=for_stderr())
+        report = sanitize.scan(shards, trusted=trusted, out=out, progress=for_stderr())
     except SanitizeError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

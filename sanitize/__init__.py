@@ -62,7 +62,7 @@ def scan(
         seed: of initialisation, order and scores.
         method: how samples are scored; see ``sanitize scan --help``.
         alpha: largest share of clean samples that may be lost, kept with a confidence of 90 %;
-            default 0.05 unless reject is given.
+            default 0.07 unless reject is given.
         reject: share of the corpus to flag instead; ``badloss``, ``abl`` and others default to
             the share they were published with.
         class_cap: largest share of a class that may be flagged; None: 0.5.

@@ -58,7 +58,7 @@ Alpha = Annotated[
     float | None,
     typer.Option(
         help="Largest share of clean samples to lose, kept with 90 % confidence. "
-        "Default 0.05 unless --reject is given."
+        "Default 0.07 unless --reject is given."
     ),
 ]
 Reject = Annotated[

@@ -11,11 +11,12 @@ from typing import Any
 from sanitize.errors import UsageError
 
 MIN_TRUSTED = 50
-"""Fewest usable trusted samples: the k of BaDLoss, and what an alpha of 0.05 needs (45)."""
+"""Fewest usable trusted samples: the k of BaDLoss, and more than the default alpha needs (32)."""
 MIN_CLASS_TRUSTED = 10
 """Fewer trusted samples of a class than this, and a reason compares with all trusted samples."""
 
-DEFAULT_ALPHA = 0.05
+DEFAULT_ALPHA = 0.07
+"""With 250 trusted samples that costs 5 % of the clean ones on average."""
 CONFIDENCE = 0.9
 """Share of trusted sets with which a scan loses at most alpha of the clean samples."""
 DEFAULT_CLASS_CAP = 0.5
@@ -117,7 +118,7 @@ class DecisionConfig:
         no_class_cap: bool = False,
         default_cap: float | None = DEFAULT_CLASS_CAP,
     ) -> DecisionConfig:
-        """With neither alpha nor reject given: the share a published method removes, else alpha 0.05."""
+        """With neither alpha nor reject given: the share a published method removes, else alpha 0.07."""
         _require(
             class_cap is None or not no_class_cap,
             "--class-cap and --no-class-cap exclude each other: give one of the two",

@@ -207,7 +207,7 @@ def test_defaults_of_the_decision() -> None:
     chosen = DecisionConfig.choose("badloss", None, None, 0.5)
     assert (chosen.alpha, chosen.reject) == (None, 0.4)
     chosen = DecisionConfig.choose("mahalanobis", None, None, None)
-    assert (chosen.alpha, chosen.reject, chosen.class_cap) == (0.05, None, 0.5)
+    assert (chosen.alpha, chosen.reject, chosen.class_cap) == (0.07, None, 0.5)
     assert DecisionConfig.choose("badloss", None, None, None, True).class_cap is None
     chosen = DecisionConfig.choose("badloss", 0.2, None, 0.5)
     assert (chosen.alpha, chosen.reject) == (0.2, None)

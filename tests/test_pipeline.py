@@ -156,10 +156,10 @@ def test_the_default_method_end_to_end(shards: Shards, tmp_path: Path) -> None:
     decision = json.loads((tmp_path / "manifest.json").read_text())["decision"]
     assert (decision["method"], decision["alpha"], decision["class_cap"]) == (
         sanitize.scan.__kwdefaults__["method"],
-        0.05,
+        0.07,
         0.5,
     )
-    # no poison here: 0.05 promised; 63 trusted samples make it .01 to .13 in nineteen of twenty
+    # no poison here: at most 0.07 promised in nine of ten, which with 63 trusted samples is .03 on average
     assert report.flagged / SAMPLES < 0.2
     table = pq.read_table(tmp_path / "decisions.parquet")
     assert {"group_log_odds", "label_conflict", "shortcut"} <= set(table.column_names)

@@ -18,7 +18,7 @@ from sanitize.rundir import RunDir
 from sanitize.scores import label_conflict
 from sanitize.scores.decide import centre_within_class, decide
 
-ALPHAS = (0.05, 0.1, 0.2)
+ALPHAS = (0.05, 0.07, 0.1, 0.2)
 TRUSTED = (100, 250, 1_000)
 DRAWS = 200
 
