@@ -128,13 +128,13 @@ def _first_that_keeps_a_model(
     failed: list[dict[str, Any]] = []
     for config in earlier:
         try:
-            made = attempt(config)
+            used, found, facts = attempt(config)
         except TrainingError as error:
             failed.append({"method": config.method, "error": str(error)})
         else:
-            if made[1].facts["repaired"]:
-                return made
-            failed.append({name: value for name, value in made[2].items() if name != "tried_before"})
+            if facts["repaired"]:
+                return used, found, facts
+            failed.append({name: value for name, value in facts.items() if name != "tried_before"})
         progress.note(f"{config.method} kept no model; another method is tried")
     return attempt(last)
 

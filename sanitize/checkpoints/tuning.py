@@ -121,8 +121,8 @@ class Task:
 def tune(original: Classifier, started: Started, schedule: Schedule, task: Task, progress: Progress) -> Tuned:
     """Tune until the steps are made or held-out accuracy has clearly fallen by more than Δ.
 
-    A model counts as within Δ when its loss on the held-out images, measured image by image over `VIEWS`, is
-    within Δ by `Change.within`.
+    Whether a model is within Δ says `Change.within`, of its loss on the held-out images, image by image over
+    `VIEWS`.
 
     The same seed gives the same model on a CPU, interrupted or not: batches, flips and dropout of a step
     depend on the seed and its number alone. A method that starts below Δ (pruning) may climb back first.
