@@ -87,9 +87,8 @@ def test_the_change_of_accuracy_is_measured_image_by_image() -> None:
     assert found.standard_error == 0.25  # of one changed image; the spread alone would be 0.13
     assert found.confidence(0.1) == pytest.approx(0.5)
     assert found.within(0.05)
-    assert not found.within(
-        0.04
-    )  # a standard error is more than that, but no loss over twice the limit passes
+    # a standard error is more than that, but no loss over twice the limit passes
+    assert not found.within(0.04)
     assert not tuning.Change(0.5, -0.2, 0.1).within(0.09)
 
 

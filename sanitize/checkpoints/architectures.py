@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from sanitize.checkpoints.files import NAMED, prefixes, stripped
+from sanitize.checkpoints.files import NAMED, first_of, prefixes, stripped
 from sanitize.errors import InputError, UsageError
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -71,12 +71,7 @@ class Fit:
     def in_words(self) -> str:
         """The first mismatches of each kind."""
         kinds = {"missing": self.missing, "unexpected": self.unexpected, "other shape": self.other_shape}
-        return "; ".join(
-            f"{kind}: {', '.join(names[:NAMED])}"
-            + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
-            for kind, names in kinds.items()
-            if names
-        )
+        return "; ".join(f"{kind}: {first_of(names)}" for kind, names in kinds.items() if names)
 
 
 @dataclass(frozen=True, kw_only=True)

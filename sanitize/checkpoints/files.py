@@ -13,7 +13,7 @@ import re
 import struct
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -203,11 +203,10 @@ def _refusal(path: Path, asked: list[str], error: Exception | None) -> InputErro
         return InputError(
             f"{path} cannot be read ({_short(error)}); it may be cut or damaged: fetch it again"
         )
-    named = ", ".join(name[:LONGEST] for name in asked[:NAMED])
-    more = f" and {len(asked) - NAMED} more" if len(asked) > NAMED else ""
+    named = first_of([name[:LONGEST] for name in asked])
     return InputError(
         f"{path} needs unpickling, which can run any code, and is not opened. It asks for: "
-        f"{named}{more}. Ask its author for a .safetensors file; or, on a machine that you can throw away, "
+        f"{named}. Ask its author for a .safetensors file; or, on a machine that you can throw away, "
         "load it with torch.load(weights_only=False) and save the tensors alone: "
         "torch.save(network.state_dict(), 'weights.pt')"
     )
@@ -315,11 +314,16 @@ def _check_finite(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         if value.is_floating_point() and not bool(value.isfinite().all())
     ]
     if bad:
-        more = f" and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
         raise InputError(
-            f"{path}: NaN or infinite weights in {', '.join(bad[:NAMED])}{more}; the training diverged or "
-            "the file is damaged: take an earlier checkpoint"
+            f"{path}: NaN or infinite weights in {first_of(bad)}; the training diverged or the file is "
+            "damaged: take an earlier checkpoint"
         )
+
+
+def first_of(names: Sequence[str]) -> str:
+    """The first of many names in words, and how many more there are."""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
 
 
 def prefixes(names: Mapping[str, Any]) -> list[str]:

@@ -357,10 +357,9 @@ def _file_notes(file: StateFile, assembled: Assembled) -> list[str]:
         notes.append(f'the names begin with "{assembled.prefix}", which is put back on saving')
     others = files.outside(file.tensors, assembled.prefix)
     if others:
-        more = f" and {len(others) - files.NAMED} more" if len(others) > files.NAMED else ""
         notes.append(
-            f"not taken for the network's, and saved as they are: {', '.join(others[: files.NAMED])}{more}; "
-            "if the network needs them, name it with --arch"
+            f"not taken for the network's, and saved as they are: {files.first_of(others)}; if the network "
+            "needs them, name it with --arch"
         )
     dtypes = sorted(
         {str(v.dtype).removeprefix("torch.") for v in file.tensors.values() if v.is_floating_point()}

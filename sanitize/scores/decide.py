@@ -78,8 +78,8 @@ def decide(
 
 def check_alpha(alpha: float | None, trusted: int) -> None:
     """No p-value is below what so few trusted samples can tell: a smaller alpha would flag nothing."""
-    if alpha is not None and alpha < _upper_bounds(trusted)[1]:
-        needed = math.ceil(math.log(1 - CONFIDENCE) / math.log1p(-alpha))
+    needed = 0 if alpha is None else math.ceil(math.log1p(-CONFIDENCE) / math.log1p(-alpha))
+    if trusted < needed:
         raise InputError(
             f"--alpha {alpha:g} needs at least {needed} usable trusted samples and there are {trusted}; take "
             f"--alpha {least_alpha(trusted):g} or more, or --reject"
