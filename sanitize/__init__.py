@@ -150,6 +150,7 @@ def inspect(
     out: str | Path = "sanitize-inspect",
     method: str = "combined",
     classes: str | None = None,
+    references: Sequence[str | Path] = (),
     arch: str = "auto",
     class_names: Sequence[str] | None = None,
     prompts: Sequence[str] | None = None,
@@ -171,6 +172,8 @@ def inspect(
         method: ``combined``, ``universal-changes``, ``calibrated-trigger-inversion``, ``neural-cleanse`` or
             ``quick``.
         classes: labels joined by commas, or ``top:20``; None rebuilds triggers for all classes.
+        references: classifiers of the same classes that are known to be clean, of the same architecture and
+            preprocessing; only with the method ``combined``.
         arch: ``auto``, ``torchvision:NAME``, ``timm:NAME``, ``hf:FOLDER`` or ``package.module:factory``.
         class_names: labels in the order of the head; None: the trusted labels are class numbers.
         prompts: for a CLIP model, with ``{}`` for the label.
@@ -194,9 +197,12 @@ def inspect(
     from sanitize.checkpoints.audit import audit
     from sanitize.checkpoints.inspect import InspectConfig, parse_classes
     from sanitize.checkpoints.load import load_classifier, load_with_trusted
+    from sanitize.errors import UsageError
     from sanitize.progress import Silent
 
     config = InspectConfig(method=method, seed=seed)
+    if references and trusted is None:
+        raise UsageError("--reference needs --trusted images")
     wanted = _load_config(checkpoint, arch, class_names, prompts, mean, std, resolution, device)
     if trusted is None:
         loaded, images = load_classifier(wanted), None
@@ -204,6 +210,10 @@ def inspect(
         loaded, images = load_with_trusted(wanted, str(trusted), label, allow_pipe=allow_pipe)
     classifier, notes = loaded.classifier, list(loaded.notes)
     config = replace(config, classes=parse_classes(classes, classifier))
+    clean = {}
+    for path in references:
+        one = replace(wanted, checkpoint=Path(path))
+        clean[str(path)] = load_with_trusted(one, str(trusted), label, allow_pipe=allow_pipe)[0].classifier
     words = wanted.words()
     if trusted is not None:
         words += ["--trusted", str(trusted)]
@@ -211,7 +221,9 @@ def inspect(
         words += ["--label", label]
     if allow_pipe:
         words.append("--allow-pipe")
-    return audit(classifier, images, config, Path(out), str(checkpoint), progress or Silent(), notes, words)
+    return audit(
+        classifier, images, config, Path(out), str(checkpoint), progress or Silent(), notes, words, clean
+    )
 
 
 def repair(

@@ -270,6 +270,13 @@ def inspect(
             help="Rebuild triggers for these labels (a,b,c) or the most suspicious (top:20). Default: all."
         ),
     ] = None,
+    reference: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="A clean network of the same classes and architecture: what is natural for a class is taken "
+            "off. Again for each; best three or more."
+        ),
+    ] = None,
     arch: Arch = "auto",
     class_names: ClassNames = None,
     prompt: Prompt = None,
@@ -300,6 +307,7 @@ def inspect(
         out=out,
         method="quick" if quick else method,
         classes=classes,
+        references=reference or (),
         arch=arch,
         class_names=_class_names(class_names),
         prompts=prompt,

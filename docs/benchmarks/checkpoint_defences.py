@@ -28,7 +28,7 @@ from sanitize.attacks import get, stamp
 from sanitize.attacks.plant import from_float, to_float
 from sanitize.attacks.trigger_file import load_trigger
 from sanitize.checkpoints.classifier import Classifier
-from sanitize.checkpoints.trusted import TrustedImages
+from sanitize.checkpoints.trusted import TrustedImages, split
 from sanitize.checkpoints.tuning import predict
 from sanitize.dynamics.proxy import small
 from sanitize.evaluate.images import decode_all, read_encoded
@@ -157,7 +157,11 @@ def measure_floors(facts, folder, test, path):
 
 
 def inspected(classifier, trusted):
-    """Scores of every method and class; quick statistics come with each, Neural Cleanse with masks."""
+    """Scores of every method and class; quick statistics come with each, Neural Cleanse with masks.
+
+    What the network makes of plane waves is kept whole, for it to be a reference for others.
+    """
+    from sanitize.checkpoints import plane_waves
     from sanitize.checkpoints.inspect import InspectConfig, inspect_classifier
 
     found, seconds = {}, {}
@@ -166,9 +170,11 @@ def inspected(classifier, trusted):
         result = inspect_classifier(classifier, trusted, InspectConfig(method=method), for_stderr())
         seconds[method] = round(time.monotonic() - began, 1)
         found |= result.class_scores
+    work, _ = split(trusted, InspectConfig().held_out_ratio, InspectConfig().seed)
     return {
         "seconds": seconds,
         "class_scores": {name: values.tolist() for name, values in found.items()},
+        "waves": plane_waves.answers(classifier, work).round(4).tolist(),
     }
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import sanitize
 from sanitize.checkpoints.classifier import Classifier
 from sanitize.checkpoints.inspect import (
     METHODS,
+    WITH_REFERENCES,
     InspectConfig,
     Inspection,
     inspect_classifier,
@@ -81,6 +82,7 @@ def audit(
     progress: Progress,
     loading: Sequence[str] = (),
     words: Sequence[str] = (),
+    references: Mapping[str, Classifier] | None = None,
 ) -> InspectReport:
     """Inspect a classifier and write report.html and report.json into a folder, which is made if need be.
 
@@ -89,6 +91,7 @@ def audit(
         loading: what was found out while it was loaded, in sentences.
         words: of a command line, what `sanitize repair` is given to load the same model and images; none:
             the checkpoint alone is known.
+        references: networks known to be clean, by the name that the user gave.
 
     Raises:
         SanitizeError: as `inspect_classifier`; or the folder cannot be written.
@@ -96,8 +99,9 @@ def audit(
     _make_folder(out)
     for note in loading:
         progress.note(note)
-    found = inspect_classifier(classifier, trusted, config, progress)
-    facts = facts_of(found, classifier, trusted, config, source, loading, words)
+    references = references or {}
+    found = inspect_classifier(classifier, trusted, config, progress, list(references.values()))
+    facts = facts_of(found, classifier, trusted, config, source, loading, words, list(references))
     page = render(facts, [] if trusted is None else _pictures(found, classifier, trusted))
     with disk_errors(out):
         write_atomic(out / HTML, page.encode("utf-8"))
@@ -133,6 +137,7 @@ def facts_of(
     source: str,
     loading: Sequence[str],
     words: Sequence[str],
+    references: Sequence[str],
 ) -> dict[str, Any]:
     """All of report.json: JSON types, None for what was not measured."""
     verdict = found.verdict
@@ -143,7 +148,7 @@ def facts_of(
             **dataclasses.asdict(verdict),
             "suspected_label": label,
             "sentence": sentence(found, label),
-            "next": _next(found, shlex.join(words or [source]) + unknown),
+            "next": _next(found, shlex.join(words or [source]) + unknown, bool(references)),
         },
         "scores": {name: _number(score) for name, score in found.scores.items()},
         "statistics": [
@@ -165,6 +170,7 @@ def facts_of(
             "accuracy": found.accuracy,
             "repaired_accuracy": found.repaired_accuracy,
             "trusted_images": None if trusted is None else len(trusted),
+            "references": list(references),
         },
         "settings": {
             name: value for name, value in dataclasses.asdict(config).items() if not isinstance(value, dict)
@@ -186,7 +192,7 @@ def sentence(found: Inspection, label: str) -> str:
     return "No class of this model stands out as the target of a backdoor"
 
 
-def _next(found: Inspection, given: str) -> list[dict[str, str]]:
+def _next(found: Inspection, given: str, compared: bool) -> list[dict[str, str]]:
     """What to do now; `given` is what every command line here begins with."""
     if found.verdict.backdoored and found.verdict.method == "quick":
         return [
@@ -214,7 +220,12 @@ def _next(found: Inspection, given: str) -> list[dict[str, str]]:
                 "command": f"sanitize inspect {given}",
             }
         ]
-    return [
+    more = {
+        "text": "With one or more clean networks of the same classes, best three, it sees more: what is "
+        "natural for a class is then taken off:",
+        "command": f"sanitize inspect {given} --reference CLEAN_NETWORK",
+    }
+    return [more] * (found.verdict.method == WITH_REFERENCES and not compared) + [
         {
             "text": "This does not prove the model clean: see below what it cannot tell. Where a backdoor "
             "would do harm, repair a copy all the same: it takes minutes, says what it cost, and may end "

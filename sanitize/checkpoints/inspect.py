@@ -2,7 +2,8 @@
 
 The story: cheap statistics that need no images come first. Then triggers are rebuilt for the classes asked
 for, for calibrated trigger inversion against a repaired copy of the model. Each statistic gives every class
-an anomaly; the largest of the method's is the model's score, which a threshold turns into a verdict.
+an anomaly. Where there are reference networks, what the class has in them is natural and taken off. The
+largest anomaly of the method's is the model's score, which a threshold turns into a verdict.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
+from sanitize.checkpoints import plane_waves
 from sanitize.checkpoints.classifier import Classifier
 from sanitize.checkpoints.pivotal_tuning import start
 from sanitize.checkpoints.quick_statistics import head_indicators, largest_margins, margins_s, robust_z
@@ -44,6 +47,15 @@ METHODS = {
     "quick": ("margin",),
 }
 """What ``--method`` takes, and the statistics that each one averages; the first is the default."""
+NATURAL, WAVES = "natural", "waves"
+"""Statistics that there are with reference networks alone: their own mean score, and how much more some plane
+wave means the class to the model than to them."""
+WAVES_COUNT = 1.4
+"""What a difference in waves is multiplied by: clean networks differ by less in them than in the rest."""
+WITH_REFERENCES = "combined"
+"""The only method that was measured with reference networks."""
+REFERENCE_WEAK = 0.1
+"""Accuracy below the model's from which on the report calls a reference weak."""
 _FROM_MASKS = {"neural-cleanse", "mask-size"}
 """Statistics of the masks and patterns of Neural Cleanse."""
 REPAIR_RATE = 0.003
@@ -94,6 +106,9 @@ THRESHOLDS = {
 }
 """One for each method: the only place where a verdict's threshold is written. Set on ten clean and seven
 backdoored small networks (the first half in docs/benchmarks.md); Neural Cleanse's is the published one."""
+REFERENCED = Threshold(value=0.5, calibration="TODO")
+"""Of `WITH_REFERENCES` with reference networks. Set on the same half, each network judged by other clean ones
+of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,24 +177,34 @@ def inspect_classifier(
     trusted: TrustedImages | None,
     config: InspectConfig,
     progress: Progress | None = None,
+    references: Sequence[Classifier] = (),
 ) -> Inspection:
     """Look for a backdoor in a classifier, in memory, on the device that it is on.
 
     Args:
         classifier: left as it is.
         trusted: at least two images a class and two classes; None only for the method ``quick``.
+        references: classifiers of the same classes and resolution that are known to be clean.
 
     Raises:
-        InputError: trusted images or a network that make no sense.
-        UsageError: no trusted images where the method needs them, or no such class.
+        InputError: trusted images or a network that make no sense, or a reference of other classes.
+        UsageError: no trusted images where the method needs them, no such class, or references with a method
+            other than `WITH_REFERENCES`.
     """
     progress = progress or Silent()
+    if references and config.method != WITH_REFERENCES:
+        raise UsageError(
+            f"--reference and --method {config.method}: only {WITH_REFERENCES} was measured with references; "
+            "leave one of them out"
+        )
     if trusted is None and config.method != "quick":
         raise UsageError(f"--method {config.method} needs --trusted images; only --quick does without")
     if trusted is None:
         _check_weights(classifier)
     else:
         check(classifier, trusted)
+        for place, reference in enumerate(references):
+            _check_reference(reference, classifier, trusted, place)
     seconds: dict[str, float] = {}
     asked = config.method == "quick" or isinstance(config.classes, int)
     found = _quick(classifier, asked or classifier.classes <= MOST_MARGINS, config.seed, seconds, progress)
@@ -191,21 +216,29 @@ def inspect_classifier(
         if config.method != "quick":
             classes = _chosen(classifier, config.classes, found)
             _check_enough(classes, classifier, config.method)
+            _say_cost(classifier, work, classes, config, 1 + len(references), progress)
             triggers, repaired_accuracy = _rebuilt(
                 classifier, work, held_out, classes, config, seconds, progress
             )
             found |= _anomalies(triggers, classifier.classes, len(held_out))
+            if references:
+                natural, waves = _compared(
+                    classifier, references, work, held_out, classes, config, seconds, progress
+                )
+                found |= natural
+                triggers["waves"] = waves
     class_scores = with_methods(found)
     scores = {method: float(np.nanmax(class_scores[method])) for method in METHODS if method in class_scores}
     return Inspection(
         class_scores=class_scores,
         scores=scores,
-        verdict=_verdict(config.method, class_scores[config.method]),
+        verdict=_verdict(config.method, class_scores[config.method], len(references)),
         triggers=triggers,
         seconds=seconds,
         accuracy=model_accuracy,
         repaired_accuracy=repaired_accuracy,
-        notes=_notes(classifier, trusted, held_out, triggers, model_accuracy, repaired_accuracy),
+        notes=_notes(classifier, trusted, held_out, triggers, model_accuracy, repaired_accuracy)
+        + _reference_notes(references, held_out, model_accuracy),
     )
 
 
@@ -217,11 +250,16 @@ def with_methods(found: dict[str, Scores]) -> dict[str, Scores]:
 
 
 def combine(found: dict[str, Scores], method: str) -> Scores:
-    """(C,) class scores of a method: the mean of its statistics, each less its median; one alone as it is."""
+    """(C,) class scores of a method: the mean of its statistics, each less its median; one alone as it is.
+
+    With reference networks what is `NATURAL` for a class is taken off, and waves count where they say more.
+    """
     parts = METHODS[method]
     if len(parts) == 1:
         return found[parts[0]]
     combined: Scores = np.mean([found[name] - np.nanmedian(found[name]) for name in parts], axis=0)
+    if method == WITH_REFERENCES and NATURAL in found:
+        return np.fmax(combined - found[NATURAL], WAVES_COUNT * found[WAVES])
     return combined
 
 
@@ -256,7 +294,6 @@ def _rebuilt(
     triggers: dict[str, Triggers] = {}
     repaired_accuracy = None
     wanted, steps = METHODS[config.method], config.inversion.steps * len(classes)
-    _say_cost(classifier, work, classes, config, progress)
     if _FROM_MASKS & set(wanted):
         with _timed(seconds, "neural-cleanse"), progress.stage("masks", steps, "steps") as advance:
             triggers["neural-cleanse"] = masked_triggers(
@@ -277,6 +314,42 @@ def _rebuilt(
                 classifier, repaired, work, held_out, classes, config.inversion, config.seed, advance
             )
     return triggers, repaired_accuracy
+
+
+def _compared(
+    classifier: Classifier,
+    references: Sequence[Classifier],
+    work: TrustedImages,
+    held_out: TrustedImages,
+    classes: Sequence[int],
+    config: InspectConfig,
+    seconds: dict[str, float],
+    progress: Progress,
+) -> tuple[dict[str, Scores], Triggers]:
+    """The statistics that take networks known to be clean, and the waves as triggers.
+
+    How easy a class is to reach is natural to a great part, and clean networks agree in it: on CIFAR-10 cars
+    and trucks are reached by small changes, cats and dogs are not, so that a backdoor in class cat can lie
+    below what is natural for class truck.
+    """
+    with _timed(seconds, "waves"):
+        own = _wave_answers(classifier, work, progress)
+    natural, waves = [], []
+    with _timed(seconds, "references"):
+        for place, reference in enumerate(references):
+            progress.note(f"reference {place + 1} of {len(references)}")
+            triggers, _ = _rebuilt(reference, work, held_out, classes, config, {}, progress)
+            natural.append(combine(_anomalies(triggers, reference.classes, len(held_out)), config.method))
+            waves.append(_wave_answers(reference, work, progress))
+    apart, rows = plane_waves.unlike_the_references(own, waves)
+    found = {NATURAL: np.mean(natural, axis=0), WAVES: np.full(classifier.classes, np.nan)}
+    found[WAVES][list(classes)] = apart[list(classes)]
+    return found, plane_waves.as_triggers(classifier, held_out, classes, rows)
+
+
+def _wave_answers(classifier: Classifier, work: TrustedImages, progress: Progress) -> plane_waves.Answers:
+    with progress.stage("waves", len(plane_waves.periods()), "waves") as advance:
+        return plane_waves.answers(classifier, work, advance)
 
 
 def _repaired(
@@ -407,14 +480,17 @@ def _say_cost(
     work: TrustedImages,
     classes: Sequence[int],
     config: InspectConfig,
+    networks: int,
     progress: Progress,
 ) -> None:
     """Seconds beforehand, from one timed step, where they are many."""
     parts = METHODS[config.method]
     # images a class that go through a network: 2 · 150 · 32 for calibrated, 150 · 32 for masks, and for
-    # universal changes at most 13 · 3 · 128
+    # universal changes at most 13 · 3 · 128; with references 420 · 60 for waves, forward alone
     share = ("calibrated" in parts) + 0.5 * bool(_FROM_MASKS & set(parts)) + 0.5 * ("universal" in parts)
-    seconds = share * estimated_s(classifier, work, len(classes), config.inversion)
+    seconds = networks * share * estimated_s(classifier, work, len(classes), config.inversion)
+    if networks > 1:
+        seconds += networks * plane_waves.estimated_s(classifier, work)
     if seconds > LONG_S:
         less = "; --classes top:20 takes the 20 that the quick statistics find most suspicious"
         progress.note(
@@ -423,8 +499,8 @@ def _say_cost(
         )
 
 
-def _verdict(method: str, class_scores: Scores) -> Verdict:
-    threshold = THRESHOLDS[method]
+def _verdict(method: str, class_scores: Scores, references: int) -> Verdict:
+    threshold = REFERENCED if references else THRESHOLDS[method]
     score = float(np.nanmax(class_scores))
     return Verdict(
         method=method,
@@ -490,6 +566,49 @@ def _notes(
             f"(here {float(np.nanmedian(changes.success)):.0%}): universal changes say nothing and "
             "count as 0 in the score."
         )
+    return notes
+
+
+def _check_reference(
+    reference: Classifier, classifier: Classifier, trusted: TrustedImages, place: int
+) -> None:
+    """Refuse a reference that cannot be compared with the model."""
+    name = f"reference {place + 1}"
+    if (reference.classes, reference.class_names) != (classifier.classes, classifier.class_names):
+        raise InputError(
+            f"{name} has other classes than the checkpoint, or another order of them; give a network that "
+            "was trained for the same ones"
+        )
+    if reference.resolution != classifier.resolution:
+        raise InputError(
+            f"{name} takes {reference.resolution} px, the checkpoint {classifier.resolution}; give one of "
+            "the same resolution"
+        )
+    try:
+        check(reference, trusted)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
+    own, other = classifier.network.state_dict(), reference.network.state_dict()
+    if own.keys() == other.keys() and all(torch.equal(own[key], other[key]) for key in own):
+        raise InputError(
+            f"{name} has the very weights of the checkpoint: every score would be 0. Give a network that was "
+            "trained by someone else"
+        )
+
+
+def _reference_notes(
+    references: Sequence[Classifier], held_out: TrustedImages | None, model_accuracy: float | None
+) -> list[str]:
+    if held_out is None or model_accuracy is None:
+        return []
+    notes = []
+    for place, reference in enumerate(references):
+        own = accuracy(reference, held_out)
+        if own < model_accuracy - REFERENCE_WEAK:
+            notes.append(
+                f"Reference {place + 1} gets {own:.0%} of the held-out trusted images right, the model "
+                f"{model_accuracy:.0%}: what is natural for it need not be for the model."
+            )
     return notes
 
 

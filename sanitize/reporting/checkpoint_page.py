@@ -31,6 +31,8 @@ NAMES = {
     "mask-size": "size of the mask",
     "margin": "largest margin",
     "head": "rows of the last layer",
+    "natural": "natural score",
+    "waves": "plane wave",
 }
 MEANING = {
     "universal": "How much more often one small added picture turns held-out images into the class than "
@@ -43,6 +45,9 @@ MEANING = {
     "margin": "How far the class can be pushed ahead of the others by any input at all, next to the other "
     "classes.",
     "head": "How unusual the class's weights in the last layer are among the classes. No verdict uses it.",
+    "waves": "How much more probable the class is to the model than to the reference networks, on average "
+    "over trusted images, with one of 420 plane waves laid over them.",
+    "natural": "The mean score of the class in the reference networks, which is taken off the model's.",
 }
 LIMITS = (
     (

@@ -1,0 +1,117 @@
+"""Plane waves over the whole image: what a classifier calls them, next to what reference networks call them.
+
+Every network takes some wave for some class: texture is a feature. Networks that learned the same classes
+agree in which, so a wave that means a class to one of them alone is no texture of the class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from sanitize.checkpoints.classifier import Classifier
+from sanitize.checkpoints.trigger_inversion import (
+    Advance,
+    Triggers,
+    evaluate,
+    frozen,
+    timed_step,
+    triggers_of,
+)
+from sanitize.checkpoints.trusted import TrustedImages, images_at_once, to_pixels
+from sanitize.scores.network import fast
+
+Answers = npt.NDArray[np.float64]
+
+OPACITY = 0.15
+"""Of a wave, from black to white, over an image."""
+FASTEST = 14
+"""Most periods down or across an image."""
+IMAGES = 60
+"""Trusted images that each wave is laid over."""
+
+
+def periods() -> npt.NDArray[np.int64]:
+    """(W, 2) periods down and across an image; of a wave and its opposite only one."""
+    down, across = np.mgrid[0 : FASTEST + 1, -FASTEST : FASTEST + 1].reshape(2, -1)
+    return np.stack([down, across], axis=1)[(down > 0) | (across > 0)]
+
+
+def wave(down: int, across: int, side: int) -> npt.NDArray[np.float32]:
+    """(R, R) a cosine from 0, in the top left corner, to 1."""
+    rows, columns = np.mgrid[:side, :side] / side
+    pattern = 0.5 - 0.5 * np.cos(2 * np.pi * (down * rows + across * columns))
+    return np.asarray(pattern, np.float32)
+
+
+def answers(classifier: Classifier, work: TrustedImages, advance: Advance = lambda steps: None) -> Answers:
+    """(W, C) the mean probability that a network gives each class, over images with each of the waves on.
+
+    Args:
+        work: up to `IMAGES` of them, evenly spaced, are taken.
+        advance: told how many of the waves are done.
+    """
+    device = classifier.mean.device
+    pixels = to_pixels(work.take(spread(len(work))).pixels, device)
+    side = pixels.shape[2]
+    together = max(1, images_at_once(device, side) // len(pixels))
+    found = []
+    with torch.inference_mode(), frozen(classifier), fast(device):
+        for numbers in np.array_split(periods(), -(-len(periods()) // together)):
+            waves = torch.from_numpy(np.stack([wave(down, across, side) for down, across in numbers])).to(
+                device
+            )
+            laid = (1 - OPACITY) * pixels[None] + OPACITY * waves[:, None, None]
+            called = classifier(laid.flatten(0, 1)).float().softmax(1)
+            found.append(called.view(len(numbers), len(pixels), -1).mean(1).double().cpu().numpy())
+            advance(len(numbers))
+    return np.concatenate(found)
+
+
+def estimated_s(classifier: Classifier, work: TrustedImages) -> float:
+    """Seconds that `answers` will take, from one timed step; forward is a third of forward and back."""
+    images = min(IMAGES, len(work))
+    return len(periods()) / 3 * timed_step(classifier, work, images)
+
+
+def spread(images: int) -> npt.NDArray[np.intp]:
+    """Rows of the images that waves are laid over."""
+    return np.linspace(0, images - 1, min(IMAGES, images)).astype(np.intp)
+
+
+def unlike_the_references(
+    own: Answers, references: Sequence[Answers]
+) -> tuple[Answers, npt.NDArray[np.intp]]:
+    """How much more one wave means a class to the model than to the references on average.
+
+    Args:
+        own: (W, C) `answers` of the model.
+        references: (W, C) those of each reference network.
+
+    Returns:
+        (C,) the largest difference of each class, in [-1, 1], and (C,) the row of its wave.
+
+    Source: ours.
+    """
+    apart = own - np.mean(references, axis=0)
+    return apart.max(axis=0), apart.argmax(axis=0)
+
+
+def as_triggers(
+    classifier: Classifier, held_out: TrustedImages, classes: Sequence[int], rows: npt.NDArray[np.intp]
+) -> Triggers:
+    """The wave of each class as a trigger: a pattern under a mask that is `OPACITY` everywhere.
+
+    Args:
+        classes: (K,) outputs of the head.
+        rows: (C,) of `periods`.
+    """
+    device, side = classifier.mean.device, held_out.pixels.shape[1]
+    waves = np.stack([wave(down, across, side) for down, across in periods()[rows[list(classes)]]])
+    pattern = torch.from_numpy(waves).to(device)[:, None].repeat(1, 3, 1, 1)
+    mask = torch.full_like(pattern[:, :1], OPACITY)
+    success, _ = evaluate(classifier, held_out, classes, mask, pattern, added=False)
+    return triggers_of(classes, mask, pattern, success)
