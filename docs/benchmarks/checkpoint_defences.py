@@ -41,6 +41,8 @@ LEARNED = 0.5
 """Attack success from which on a model counts as backdoored."""
 DEVELOPED = 10
 """Settings of `inspect` were chosen on models whose seed ends in 00 to 09; it is judged on the others."""
+REFERENCES, DRAWS = (1, 3), 100
+"""Reference networks that are drawn, besides all there are, and how often."""
 FLOOR_MODELS, FLOOR_IMAGES = 5, 2_000
 """Clean models that a floor is the mean of, and test images for each."""
 
@@ -64,6 +66,7 @@ def main():
             later = [cell for cell in own if cell["model"]["seed"] % 100 >= DEVELOPED]
             tables = detection_table(*clean_and_bad(later)), verdict_table(*clean_and_bad(later))
             print(f"\n{count} trusted images", *tables, left_out_table(*clean_and_bad(own)), sep="\n\n")
+            print(f"\n{referenced_table([cell for cell in own if 'waves' in cell])}")
         return
     facts = [json.loads(path.read_text()) for path in sorted(asked.models.glob("*.json"))]
     if asked.what == "floor":
@@ -308,6 +311,63 @@ def threshold(bad, clean):
     place = int(np.argmax(gain))
     below = scores[place + 1] if place + 1 < len(scores) else scores[place] - 1
     return (scores[place] + below) / 2
+
+
+def referenced_table(cells):
+    """AUC and verdicts with reference networks, drawn from the clean ones that settings were chosen on.
+
+    Mean over `DRAWS` draws of so many references; everything else is judged.
+    """
+    from sanitize.checkpoints.inspect import REFERENCED
+
+    pool = [cell for cell in of_attack(cells, "clean") if cell["model"]["seed"] % 100 < DEVELOPED]
+    clean, bad = clean_and_bad([cell for cell in cells if cell["model"]["seed"] % 100 >= DEVELOPED])
+    if len(pool) < max(REFERENCES) or not clean or not bad:
+        return ""
+    attacks = attacks_of(bad)
+    rows = []
+    for count in (*REFERENCES, len(pool)):
+        random = np.random.default_rng(0)
+        areas, over = [], []
+        for _ in range(DRAWS):
+            drawn = [pool[place] for place in random.choice(len(pool), count, replace=False)]
+            judged = [with_references(cell, drawn) for cell in [*clean, *bad]]
+            scores = np.array([np.nanmax(values) for values in judged])
+            truth = np.arange(len(judged)) >= len(clean)
+            of = np.array(["clean"] * len(clean) + [cell["model"]["attack"] for cell in bad])
+            areas.append(
+                [roc_auc_score(truth, scores)]
+                + [
+                    roc_auc_score(of[one] == name, scores[one])
+                    for name in attacks
+                    for one in [(of == name) | ~truth]
+                ]
+            )
+            named = [
+                int(np.nanargmax(v)) == c["model"]["target"]
+                for v, c in zip(judged, [*clean, *bad], strict=True)
+            ]
+            called = scores > REFERENCED.value
+            over.append([called[~truth].mean(), called[truth].mean(), (called & named)[truth].mean()])
+        rates = [f"{rate:.0%}" for rate in np.mean(over, axis=0)]
+        rows.append([count, *rates, *(f"{area:.2f}" for area in np.mean(areas, axis=0))])
+    title = f"{len(clean)} clean models, {len(bad)} backdoored, references from {len(pool)} others:"
+    head = ["references", "clean called", "found", "right class", "AUC", *attacks]
+    return f"{title}\n\n{markdown(head, rows)}"
+
+
+def with_references(cell, references):
+    """(C,) class scores of the default method."""
+    from sanitize.checkpoints.inspect import NATURAL, WAVES, combine
+    from sanitize.checkpoints.plane_waves import unlike_the_references
+
+    own, *others = (
+        {name: np.array(values) for name, values in one["class_scores"].items()}
+        for one in (cell, *references)
+    )
+    apart, _ = unlike_the_references(np.array(cell["waves"]), [np.array(one["waves"]) for one in references])
+    natural = np.mean([combine(other, "combined") for other in others], axis=0)
+    return combine(own | {NATURAL: natural, WAVES: apart}, "combined")
 
 
 def statistics_of(cells):

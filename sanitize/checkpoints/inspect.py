@@ -348,7 +348,7 @@ def _compared(
 
 
 def _wave_answers(classifier: Classifier, work: TrustedImages, progress: Progress) -> plane_waves.Answers:
-    with progress.stage("waves", len(plane_waves.periods()), "waves") as advance:
+    with progress.stage("waves", len(plane_waves.kinds()), "waves") as advance:
         return plane_waves.answers(classifier, work, advance)
 
 
@@ -486,7 +486,7 @@ def _say_cost(
     """Seconds beforehand, from one timed step, where they are many."""
     parts = METHODS[config.method]
     # images a class that go through a network: 2 · 150 · 32 for calibrated, 150 · 32 for masks, and for
-    # universal changes at most 13 · 3 · 128; with references 420 · 60 for waves, forward alone
+    # universal changes at most 13 · 3 · 128; with references 1,680 · 32 for waves, forward alone
     share = ("calibrated" in parts) + 0.5 * bool(_FROM_MASKS & set(parts)) + 0.5 * ("universal" in parts)
     seconds = networks * share * estimated_s(classifier, work, len(classes), config.inversion)
     if networks > 1:

@@ -30,21 +30,26 @@ OPACITY = 0.15
 """Of a wave, from black to white, over an image."""
 FASTEST = 14
 """Most periods down or across an image."""
-IMAGES = 60
+PHASES = 4
+"""Of each wave, a quarter of a period apart: a network that was taught a wave knows it by its phase, too."""
+IMAGES = 32
 """Trusted images that each wave is laid over."""
 
 
-def periods() -> npt.NDArray[np.int64]:
-    """(W, 2) periods down and across an image; of a wave and its opposite only one."""
-    down, across = np.mgrid[0 : FASTEST + 1, -FASTEST : FASTEST + 1].reshape(2, -1)
-    return np.stack([down, across], axis=1)[(down > 0) | (across > 0)]
+def kinds() -> npt.NDArray[np.int64]:
+    """(W, 3) periods down and across an image, and phase in quarters; of a wave and its opposite only one."""
+    found = np.mgrid[0 : FASTEST + 1, -FASTEST : FASTEST + 1, 0:PHASES].reshape(3, -1).T
+    kept: npt.NDArray[np.int64] = found[(found[:, 0] > 0) | (found[:, 1] > 0)]
+    return kept
 
 
-def wave(down: int, across: int, side: int) -> npt.NDArray[np.float32]:
-    """(R, R) a cosine from 0, in the top left corner, to 1."""
+def wave(kind: npt.NDArray[np.int64], side: int) -> npt.NDArray[np.float32]:
+    """(R, R) a cosine from 0 to 1, 0 in the top left corner at phase 0."""
+    down, across, quarter = kind
     rows, columns = np.mgrid[:side, :side] / side
-    pattern = 0.5 - 0.5 * np.cos(2 * np.pi * (down * rows + across * columns))
-    return np.asarray(pattern, np.float32)
+    return np.asarray(
+        0.5 - 0.5 * np.cos(2 * np.pi * (down * rows + across * columns - quarter / PHASES)), np.float32
+    )
 
 
 def answers(classifier: Classifier, work: TrustedImages, advance: Advance = lambda steps: None) -> Answers:
@@ -60,21 +65,19 @@ def answers(classifier: Classifier, work: TrustedImages, advance: Advance = lamb
     together = max(1, images_at_once(device, side) // len(pixels))
     found = []
     with torch.inference_mode(), frozen(classifier), fast(device):
-        for numbers in np.array_split(periods(), -(-len(periods()) // together)):
-            waves = torch.from_numpy(np.stack([wave(down, across, side) for down, across in numbers])).to(
-                device
-            )
+        for part in np.array_split(kinds(), -(-len(kinds()) // together)):
+            waves = torch.from_numpy(np.stack([wave(kind, side) for kind in part])).to(device)
             laid = (1 - OPACITY) * pixels[None] + OPACITY * waves[:, None, None]
             called = classifier(laid.flatten(0, 1)).float().softmax(1)
-            found.append(called.view(len(numbers), len(pixels), -1).mean(1).double().cpu().numpy())
-            advance(len(numbers))
+            found.append(called.view(len(part), len(pixels), -1).mean(1).double().cpu().numpy())
+            advance(len(part))
     return np.concatenate(found)
 
 
 def estimated_s(classifier: Classifier, work: TrustedImages) -> float:
     """Seconds that `answers` will take, from one timed step; forward is a third of forward and back."""
     images = min(IMAGES, len(work))
-    return len(periods()) / 3 * timed_step(classifier, work, images)
+    return len(kinds()) / 3 * timed_step(classifier, work, images)
 
 
 def spread(images: int) -> npt.NDArray[np.intp]:
@@ -107,10 +110,10 @@ def as_triggers(
 
     Args:
         classes: (K,) outputs of the head.
-        rows: (C,) of `periods`.
+        rows: (C,) of `kinds`.
     """
     device, side = classifier.mean.device, held_out.pixels.shape[1]
-    waves = np.stack([wave(down, across, side) for down, across in periods()[rows[list(classes)]]])
+    waves = np.stack([wave(kind, side) for kind in kinds()[rows[list(classes)]]])
     pattern = torch.from_numpy(waves).to(device)[:, None].repeat(1, 3, 1, 1)
     mask = torch.full_like(pattern[:, :1], OPACITY)
     success, _ = evaluate(classifier, held_out, classes, mask, pattern, added=False)

@@ -46,7 +46,7 @@ MEANING = {
     "classes.",
     "head": "How unusual the class's weights in the last layer are among the classes. No verdict uses it.",
     "waves": "How much more probable the class is to the model than to the reference networks, on average "
-    "over trusted images, with one of 420 plane waves laid over them.",
+    "over trusted images, with one of 1,680 plane waves laid over them.",
     "natural": "The mean score of the class in the reference networks, which is taken off the model's.",
 }
 LIMITS = (
