@@ -195,14 +195,13 @@ def inspect(
     from dataclasses import replace
 
     from sanitize.checkpoints.audit import audit
-    from sanitize.checkpoints.inspect import InspectConfig, parse_classes
+    from sanitize.checkpoints.inspect import InspectConfig, check_asked, parse_classes
     from sanitize.checkpoints.load import load_classifier, load_with_trusted
-    from sanitize.errors import UsageError
+    from sanitize.checkpoints.references import load_references
     from sanitize.progress import Silent
 
     config = InspectConfig(method=method, seed=seed)
-    if references and trusted is None:
-        raise UsageError("--reference needs --trusted images")
+    check_asked(method, trusted=trusted is not None, references=bool(references))
     wanted = _load_config(checkpoint, arch, class_names, prompts, mean, std, resolution, device)
     if trusted is None:
         loaded, images = load_classifier(wanted), None
@@ -210,10 +209,10 @@ def inspect(
         loaded, images = load_with_trusted(wanted, str(trusted), label, allow_pipe=allow_pipe)
     classifier, notes = loaded.classifier, list(loaded.notes)
     config = replace(config, classes=parse_classes(classes, classifier))
-    clean = {}
-    for path in references:
-        one = replace(wanted, checkpoint=Path(path))
-        clean[str(path)] = load_with_trusted(one, str(trusted), label, allow_pipe=allow_pipe)[0].classifier
+    clean = None
+    if images is not None:
+        clean, said = load_references(wanted, [Path(path) for path in references], classifier, images)
+        notes += said
     words = wanted.words()
     if trusted is not None:
         words += ["--trusted", str(trusted)]

@@ -325,7 +325,7 @@ def test_findings_have_their_exit_code(
         (["--quick", "--mean", "half"], "expected numbers"),
         (["--method", "guess"], "expected one of"),
         ([], "needs --trusted"),
-        (["--quick", "--reference", "other.pt"], "--reference needs --trusted"),
+        (["--quick", "--reference", "other.pt"], "--reference and --method quick: only combined"),
     ],
 )
 def test_commands_that_make_no_sense(

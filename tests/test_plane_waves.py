@@ -2,19 +2,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import run_cli
 from report_page import Page
-from small_models import trained
+from small_models import network, trained
 from test_inspect import CLASSES, SIDE, TARGET, config, images, model
 from test_repair_file import checkpoint_and_shards
 
 from sanitize.checkpoints import plane_waves
+from sanitize.checkpoints import references as references_module
 from sanitize.checkpoints.classifier import Classifier
 from sanitize.checkpoints.inspect import inspect_classifier
+from sanitize.checkpoints.references import natural_scores
 from sanitize.errors import InputError, UsageError
 
 WAVE = np.array([2, 1, 3])
@@ -28,6 +31,10 @@ def twin(seed: int) -> Classifier:
         for parameter in other.parameters():
             parameter += 0.01 * torch.randn(parameter.shape, generator=generator)
     return other
+
+
+def three() -> dict[str, Classifier]:
+    return {name: twin(seed) for seed, name in enumerate("abc")}
 
 
 def fires_on_a_wave() -> Classifier:
@@ -50,18 +57,22 @@ def test_waves_are_pictures_and_no_two_are_the_same() -> None:
     assert len(np.unique(waves.round(3).reshape(1680, -1), axis=0)) == 1680
 
 
-def test_answers_are_probabilities_and_do_not_depend_on_how_many_waves_go_together(monkeypatch) -> None:
-    together = plane_waves.answers(model(), images())
+def test_answers_are_shares_and_do_not_depend_on_scale_or_how_many_waves_go_together(monkeypatch) -> None:
+    together = plane_waves.answers(fires_on_a_wave(), images())
     assert together.shape == (1680, CLASSES)
-    np.testing.assert_allclose(together.sum(axis=1), 1, atol=0.01)
+    np.testing.assert_allclose(together.sum(axis=1), 1)
+    scaled = fires_on_a_wave()
+    with torch.no_grad():
+        scaled.head.weight *= 0.01
+    np.testing.assert_allclose(plane_waves.answers(scaled, images()), together, atol=0.07)
     monkeypatch.setattr(plane_waves, "images_at_once", lambda device, side: 1)
     told: list[int] = []
-    np.testing.assert_allclose(plane_waves.answers(model(), images(), told.append), together, atol=0.01)
+    np.testing.assert_array_equal(plane_waves.answers(fires_on_a_wave(), images(), told.append), together)
     assert sum(told) == 1680
 
 
 def test_the_wave_that_means_a_class_to_the_model_alone_is_found() -> None:
-    found = inspect_classifier(fires_on_a_wave(), images(), config(), references=[twin(0), twin(1), twin(2)])
+    found = inspect_classifier(fires_on_a_wave(), images(), config(), references=three())
     assert found.verdict.suspected == TARGET
     assert found.verdict.backdoored
     assert int(np.nanargmax(found.class_scores["waves"])) == TARGET
@@ -73,7 +84,7 @@ def test_the_wave_that_means_a_class_to_the_model_alone_is_found() -> None:
 
 def test_what_is_natural_is_taken_off_and_said() -> None:
     alone = inspect_classifier(model(backdoor=4.0), images(), config())
-    compared = inspect_classifier(model(backdoor=4.0), images(), config(), references=[twin(0)])
+    compared = inspect_classifier(model(backdoor=4.0), images(), config(), references={"a": twin(0)})
     scores = compared.class_scores
     expected = np.fmax(alone.class_scores["combined"] - scores["natural"], 1.4 * scores["waves"])
     np.testing.assert_allclose(scores["combined"], expected)
@@ -84,37 +95,77 @@ def test_what_is_natural_is_taken_off_and_said() -> None:
 
 def test_classes_that_were_not_asked_for_have_no_score() -> None:
     found = inspect_classifier(
-        model(backdoor=4.0), images(), config(classes=(0, 1, 2, 3, 4)), references=[twin(0)]
+        model(backdoor=4.0), images(), config(classes=(0, 1, 2, 3, 4)), references={"a": twin(0)}
     )
     assert np.isnan(found.class_scores["combined"]).tolist() == [False] * 5 + [True]
 
 
-def test_a_reference_that_cannot_be_compared_is_refused() -> None:
-    named = model(names=list("abcdef"))
-    with pytest.raises(
-        InputError, match="reference 1 has other classes than the checkpoint, or another order"
-    ):
-        inspect_classifier(model(), images(), config(), references=[named])
-    other = twin(0)
-    other.resolution = SIDE * 2
-    with pytest.raises(InputError, match="reference 2 takes 16 px, the checkpoint 8"):
-        inspect_classifier(model(), images(), config(), references=[twin(1), other])
-    with pytest.raises(InputError, match="reference 1 has the very weights of the checkpoint"):
-        inspect_classifier(model(), images(), config(), references=[model()])
-    constant = twin(0)
-    torch.nn.init.zeros_(constant.head.weight)
-    with pytest.raises(InputError, match="reference 1: the model calls every trusted image"):
-        inspect_classifier(model(), images(), config(), references=[constant])
-    with pytest.raises(UsageError, match="--reference and --method neural-cleanse: only combined"):
-        inspect_classifier(model(), images(), config(method="neural-cleanse"), references=[twin(0)])
-
-
-def test_a_reference_that_is_much_worse_than_the_model_is_noted() -> None:
-    bad = twin(0)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda one: setattr(one, "class_names", list("abcdef")), "reference b: its output 0 is 'a', the"),
+        (lambda one: setattr(one, "resolution", 2 * SIDE), "reference b: it takes 16 px, the checkpoint 8"),
+        (lambda one: one.load_state_dict(model().state_dict()), "reference b: it has the very weights"),
+        (lambda one: torch.nn.init.zeros_(one.head.weight), "reference b: the model calls every trusted"),
+    ],
+)
+def test_a_reference_that_cannot_be_compared_is_refused_by_its_name(change: Any, message: str) -> None:
+    references = three()
     with torch.no_grad():
-        bad.head.weight[:] = bad.head.weight.roll(1, 0)
-    found = inspect_classifier(model(), images(), config(), references=[bad])
-    assert any(note.startswith("Reference 1 gets") for note in found.notes)
+        change(references["b"])
+    with pytest.raises(InputError, match=message):
+        inspect_classifier(model(), images(), config(), references=references)
+
+
+def test_only_the_default_method_takes_references() -> None:
+    with pytest.raises(UsageError, match="--reference and --method neural-cleanse: only combined"):
+        inspect_classifier(model(), images(), config(method="neural-cleanse"), references=three())
+
+
+def noted(classifier: Classifier, references: dict[str, Classifier]) -> str:
+    return " ".join(inspect_classifier(classifier, images(), config(), references=references).notes)
+
+
+def test_what_weakens_a_comparison_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    worse = twin(0)
+    with torch.no_grad():
+        worse.head.weight[:] = worse.head.weight.roll(1, 0)
+    assert "Reference x gets" in noted(model(), {"x": worse})
+    other = twin(0)
+    other.architecture = "rows"
+    assert "Reference x is another network, rows" in noted(model(), {"x": other})
+    assert "Reference x descends from the same weights" in noted(model(), {"x": twin(0)})
+    monkeypatch.setattr(references_module, "RELATED", 0)
+    assert "descends" not in noted(model(), {"x": twin(0)})
+
+
+def test_a_backdoor_that_a_reference_shares_is_noted() -> None:
+    shared = model(backdoor=3.5)
+    notes = noted(model(backdoor=4.0), {"x": shared})
+    assert "Reference x looks backdoored itself, towards class 2" in notes
+    assert "Without the references class 2 has a score of" in notes
+
+
+NATURAL = np.array([0.9, 0.1, -0.6, 0.0])
+
+
+def test_natural_scores_are_means_of_what_can_be_compared() -> None:
+    nothing = np.zeros(4)
+    own = {"a": np.array([1.0, 0.0, 0.0, 0.2]), "b": NATURAL}
+    np.testing.assert_allclose(
+        natural_scores(own, [{"a": NATURAL, "b": NATURAL}, {"a": nothing, "b": nothing}], ["a", "b"]),
+        NATURAL - 0.05,
+        err_msg="a reference without a statistic is left out of its mean",
+    )
+    for references in ([{"a": nothing, "b": NATURAL}], [{"a": nothing, "b": NATURAL}] * 2):
+        found = natural_scores(own, references, ["a", "b"])
+        np.testing.assert_allclose(found, (own["a"] - 0.1 + NATURAL - 0.05) / 2, err_msg="no difference in a")
+    silent = {"a": nothing, "b": nothing}
+    np.testing.assert_array_equal(
+        natural_scores(silent, [{"a": NATURAL, "b": NATURAL}], ["a", "b"]),
+        0,
+        err_msg="a model that cannot be compared is not far from what is natural",
+    )
 
 
 def test_the_command_compares_with_references_and_the_report_says_so(tmp_path: Path) -> None:
@@ -125,7 +176,7 @@ def test_the_command_compares_with_references_and_the_report_says_so(tmp_path: P
     given = [word for seed in (1, 2) for word in ("--reference", tmp_path / f"clean-{seed}.pt")]
     done = run_cli(*asked, *given, "--json")
     assert done.code == 0, done.err
-    assert "reference 2 of 2" in done.err
+    assert f"reference {tmp_path}/clean-2.pt: accuracy on the" in done.err
     facts = json.loads(done.out)
     assert facts["model"]["references"] == [str(tmp_path / f"clean-{seed}.pt") for seed in (1, 2)]
     assert {"natural", "waves"} <= {row["statistic"] for row in facts["statistics"]}
@@ -134,6 +185,13 @@ def test_the_command_compares_with_references_and_the_report_says_so(tmp_path: P
     assert page.open == []
     assert "natural score" in page.text
     assert "plane wave" in page.text
+    twice = run_cli(*asked, *given[:2], "--reference", f"{tmp_path}/./clean-1.pt")
+    assert twice.code == 2
+    assert "was given before" in twice.err
+    torch.save(network(5).state_dict(), tmp_path / "five.pt")
+    other = run_cli(*asked, "--reference", tmp_path / "five.pt")
+    assert other.code == 3
+    assert "five.pt: the checkpoint does not fit --arch" in other.err
     alone = run_cli(*asked, "--json")
     advice = [step.get("command", "") for step in json.loads(alone.out)["verdict"]["next"]]
     backdoored = json.loads(alone.out)["verdict"]["backdoored"]

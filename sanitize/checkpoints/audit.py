@@ -100,7 +100,7 @@ def audit(
     for note in loading:
         progress.note(note)
     references = references or {}
-    found = inspect_classifier(classifier, trusted, config, progress, list(references.values()))
+    found = inspect_classifier(classifier, trusted, config, progress, references)
     facts = facts_of(found, classifier, trusted, config, source, loading, words, list(references))
     page = render(facts, [] if trusted is None else _pictures(found, classifier, trusted))
     with disk_errors(out):
@@ -221,8 +221,8 @@ def _next(found: Inspection, given: str, compared: bool) -> list[dict[str, str]]
             }
         ]
     more = {
-        "text": "With one or more clean networks of the same classes, best three, it sees more: what is "
-        "natural for a class is then taken off:",
+        "text": "With clean networks of the same classes, best three or more, it sees more: what is natural "
+        "for a class is then taken off:",
         "command": f"sanitize inspect {given} --reference CLEAN_NETWORK",
     }
     return [more] * (found.verdict.method == WITH_REFERENCES and not compared) + [
@@ -295,18 +295,23 @@ def _pictures(found: Inspection, classifier: Classifier, trusted: TrustedImages)
 def _picture(
     name: str, triggers: Triggers, place: int, before: Any, classifier: Classifier
 ) -> TriggerPictures:
-    added = not triggers.mask[place].any()
+    strongest = float(triggers.mask[place].max())
+    added = strongest == 0
     mask, pattern = (
         torch.from_numpy(values[place]).permute(2, 0, 1) for values in (triggers.mask, triggers.pattern)
     )
     grey = torch.full((1, *pattern.shape), 0.5)
-    # what is added is often too faint to see
-    magnified = max(1, int(0.5 / max(float(pattern.abs().max()), 1e-3))) if added else 1
+    # what is added, or laid over the whole image, is often too faint to see
+    magnified = max(1, int(0.5 / max(float(pattern.abs().max()), 1e-3) if added else 1 / strongest))
     stamped = stamp(to_pixels(before, torch.device("cpu")), mask, pattern, added)
     after = _images(stamped)
     return TriggerPictures(
         statistic=name,
-        trigger=_images(stamp(grey, mask, magnified * pattern, added))[0],
+        trigger=_images(
+            stamp(grey, mask, magnified * pattern, added)
+            if added
+            else stamp(grey, (magnified * mask).clamp(max=1), pattern, added)
+        )[0],
         magnified=magnified,
         before=before,
         after=after,

@@ -9,18 +9,18 @@ largest anomaly of the method's is the model's score, which a threshold turns in
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from sanitize.checkpoints import plane_waves
 from sanitize.checkpoints.classifier import Classifier
 from sanitize.checkpoints.pivotal_tuning import start
 from sanitize.checkpoints.quick_statistics import head_indicators, largest_margins, margins_s, robust_z
+from sanitize.checkpoints.references import centred, check_references, compares, doubts, natural_scores
 from sanitize.checkpoints.repair import check, settings_of
 from sanitize.checkpoints.trigger_inversion import (
     WORKS,
@@ -47,15 +47,13 @@ METHODS = {
     "quick": ("margin",),
 }
 """What ``--method`` takes, and the statistics that each one averages; the first is the default."""
-NATURAL, WAVES = "natural", "waves"
-"""Statistics that there are with reference networks alone: their own mean score, and how much more some plane
-wave means the class to the model than to them."""
+ALONE, NATURAL, WAVES = "alone", "natural", "waves"
+"""What there is with reference networks alone: the score without them, their own mean score, and how
+much more some plane wave means the class to the model than to them."""
 WAVES_COUNT = 1.4
 """What a difference in waves is multiplied by: clean networks differ by less in them than in the rest."""
 WITH_REFERENCES = "combined"
 """The only method that was measured with reference networks."""
-REFERENCE_WEAK = 0.1
-"""Accuracy below the model's from which on the report calls a reference weak."""
 _FROM_MASKS = {"neural-cleanse", "mask-size"}
 """Statistics of the masks and patterns of Neural Cleanse."""
 REPAIR_RATE = 0.003
@@ -162,7 +160,7 @@ class Inspection:
     """Method -> score of the model, of every method whose statistics were taken."""
     verdict: Verdict
     triggers: dict[str, Triggers]
-    """Statistic (``universal``, ``calibrated``, ``neural-cleanse``) -> one trigger a class looked at."""
+    """Statistic (``universal``, ``calibrated``, ``neural-cleanse``, ``waves``) -> one trigger a class."""
     seconds: dict[str, float]
     accuracy: float | None
     """Of the model on the held-out trusted images; None without any."""
@@ -177,38 +175,32 @@ def inspect_classifier(
     trusted: TrustedImages | None,
     config: InspectConfig,
     progress: Progress | None = None,
-    references: Sequence[Classifier] = (),
+    references: Mapping[str, Classifier] | None = None,
 ) -> Inspection:
     """Look for a backdoor in a classifier, in memory, on the device that it is on.
 
     Args:
         classifier: left as it is.
         trusted: at least two images a class and two classes; None only for the method ``quick``.
-        references: classifiers of the same classes and resolution that are known to be clean.
+        references: name -> classifier of the same classes and resolution that is known to be clean.
 
     Raises:
         InputError: trusted images or a network that make no sense, or a reference of other classes.
         UsageError: no trusted images where the method needs them, no such class, or references with a method
             other than `WITH_REFERENCES`.
     """
-    progress = progress or Silent()
-    if references and config.method != WITH_REFERENCES:
-        raise UsageError(
-            f"--reference and --method {config.method}: only {WITH_REFERENCES} was measured with references; "
-            "leave one of them out"
-        )
-    if trusted is None and config.method != "quick":
-        raise UsageError(f"--method {config.method} needs --trusted images; only --quick does without")
+    progress, references = progress or Silent(), references or {}
+    check_asked(config.method, trusted=trusted is not None, references=bool(references))
     if trusted is None:
         _check_weights(classifier)
     else:
         check(classifier, trusted)
-        for place, reference in enumerate(references):
-            _check_reference(reference, classifier, trusted, place)
+        check_references(references, classifier, trusted)
     seconds: dict[str, float] = {}
     asked = config.method == "quick" or isinstance(config.classes, int)
     found = _quick(classifier, asked or classifier.classes <= MOST_MARGINS, config.seed, seconds, progress)
     triggers: dict[str, Triggers] = {}
+    doubted: list[str] = []
     held_out = model_accuracy = repaired_accuracy = None
     if trusted is not None:
         work, held_out = split(trusted, config.held_out_ratio, config.seed)
@@ -222,24 +214,42 @@ def inspect_classifier(
             )
             found |= _anomalies(triggers, classifier.classes, len(held_out))
             if references:
-                natural, waves = _compared(
-                    classifier, references, work, held_out, classes, config, seconds, progress
+                compared, triggers[WAVES], doubted = _compared(
+                    classifier, references, work, held_out, found, config, seconds, progress
                 )
-                found |= natural
-                triggers["waves"] = waves
+                found |= compared
     class_scores = with_methods(found)
     scores = {method: float(np.nanmax(class_scores[method])) for method in METHODS if method in class_scores}
     return Inspection(
         class_scores=class_scores,
         scores=scores,
-        verdict=_verdict(config.method, class_scores[config.method], len(references)),
+        verdict=_verdict(
+            config.method,
+            class_scores[config.method],
+            REFERENCED if references else THRESHOLDS[config.method],
+        ),
         triggers=triggers,
         seconds=seconds,
         accuracy=model_accuracy,
         repaired_accuracy=repaired_accuracy,
-        notes=_notes(classifier, trusted, held_out, triggers, model_accuracy, repaired_accuracy)
-        + _reference_notes(references, held_out, model_accuracy),
+        notes=_notes(classifier, trusted, held_out, triggers, model_accuracy, repaired_accuracy) + doubted,
     )
+
+
+def check_asked(method: str, *, trusted: bool, references: bool) -> None:
+    """Refuse what does not go together, before anything is loaded.
+
+    Raises:
+        UsageError: no trusted images where the method needs them, or references with a method other than
+            `WITH_REFERENCES`.
+    """
+    if references and method != WITH_REFERENCES:
+        raise UsageError(
+            f"--reference and --method {method}: only {WITH_REFERENCES} compares with references; leave out "
+            "one of the two"
+        )
+    if not trusted and method != "quick":
+        raise UsageError(f"--method {method} needs --trusted images; only --quick does without")
 
 
 def with_methods(found: dict[str, Scores]) -> dict[str, Scores]:
@@ -257,7 +267,7 @@ def combine(found: dict[str, Scores], method: str) -> Scores:
     parts = METHODS[method]
     if len(parts) == 1:
         return found[parts[0]]
-    combined: Scores = np.mean([found[name] - np.nanmedian(found[name]) for name in parts], axis=0)
+    combined: Scores = np.mean([centred(found[name]) for name in parts], axis=0)
     if method == WITH_REFERENCES and NATURAL in found:
         return np.fmax(combined - found[NATURAL], WAVES_COUNT * found[WAVES])
     return combined
@@ -318,33 +328,76 @@ def _rebuilt(
 
 def _compared(
     classifier: Classifier,
-    references: Sequence[Classifier],
+    references: Mapping[str, Classifier],
     work: TrustedImages,
     held_out: TrustedImages,
-    classes: Sequence[int],
+    found: dict[str, Scores],
     config: InspectConfig,
     seconds: dict[str, float],
     progress: Progress,
-) -> tuple[dict[str, Scores], Triggers]:
-    """The statistics that take networks known to be clean, and the waves as triggers.
+) -> tuple[dict[str, Scores], Triggers, list[str]]:
+    """The statistics that take networks known to be clean, the waves as triggers, and what is to be doubted.
 
     How easy a class is to reach is natural to a great part, and clean networks agree in it: on CIFAR-10 cars
     and trucks are reached by small changes, cats and dogs are not, so that a backdoor in class cat can lie
     below what is natural for class truck.
     """
-    with _timed(seconds, "waves"):
+    classes = np.flatnonzero(~np.isnan(combine(found, config.method))).tolist()
+    with _timed(seconds, WAVES):
         own = _wave_answers(classifier, work, progress)
-    natural, waves = [], []
+    statistics, waves = [], []
     with _timed(seconds, "references"):
-        for place, reference in enumerate(references):
-            progress.note(f"reference {place + 1} of {len(references)}")
+        for name, reference in references.items():
+            progress.note(f"reference {name}")
             triggers, _ = _rebuilt(reference, work, held_out, classes, config, {}, progress)
-            natural.append(combine(_anomalies(triggers, reference.classes, len(held_out)), config.method))
+            statistics.append(_anomalies(triggers, reference.classes, len(held_out)))
             waves.append(_wave_answers(reference, work, progress))
+        accuracies = [accuracy(reference, held_out) for reference in references.values()]
     apart, rows = plane_waves.unlike_the_references(own, waves)
-    found = {NATURAL: np.mean(natural, axis=0), WAVES: np.full(classifier.classes, np.nan)}
-    found[WAVES][list(classes)] = apart[list(classes)]
-    return found, plane_waves.as_triggers(classifier, held_out, classes, rows)
+    compared = {
+        ALONE: combine(found, config.method),
+        NATURAL: natural_scores(found, statistics, METHODS[config.method]),
+        WAVES: np.full(classifier.classes, np.nan),
+    }
+    compared[WAVES][classes] = apart[classes]
+    notes = doubts(references, classifier, accuracies, accuracy(classifier, held_out))
+    notes += _suspicious(dict(zip(references, statistics, strict=True)), config.method, classifier)
+    notes += _without_them(found | compared, config.method, classifier)
+    return compared, plane_waves.as_triggers(classifier, held_out, classes, rows), notes
+
+
+def _suspicious(
+    statistics: Mapping[str, dict[str, Scores]], method: str, classifier: Classifier
+) -> list[str]:
+    """References that look backdoored themselves, or cannot be compared."""
+    threshold = THRESHOLDS[method].value
+    notes = []
+    for name, own in statistics.items():
+        scores = combine(own, method)
+        if np.nanmax(scores) > threshold:
+            label = classifier.label(int(np.nanargmax(scores)))
+            notes.append(
+                f"Reference {name} looks backdoored itself, towards class {label} (score "
+                f"{np.nanmax(scores):.2f}, threshold {threshold:.2f}): what it shares with the model "
+                "is not seen. Leave it out."
+            )
+        notes += [
+            f"Reference {name} has no {part} to compare with, and is left out of that part of the score."
+            for part in METHODS[method]
+            if not compares(own[part])
+        ]
+    return notes
+
+
+def _without_them(found: dict[str, Scores], method: str, classifier: Classifier) -> list[str]:
+    """Say so if the verdict would be another one without the references."""
+    alone, threshold = found[ALONE], THRESHOLDS[method].value
+    if np.nanmax(alone) <= threshold or np.nanmax(combine(found, method)) > REFERENCED.value:
+        return []
+    return [
+        f"Without the references class {classifier.label(int(np.nanargmax(alone)))} has a score of "
+        f"{np.nanmax(alone):.2f}, over the threshold of {threshold:.2f}: natural only if they are clean."
+    ]
 
 
 def _wave_answers(classifier: Classifier, work: TrustedImages, progress: Progress) -> plane_waves.Answers:
@@ -492,15 +545,16 @@ def _say_cost(
     if networks > 1:
         seconds += networks * plane_waves.estimated_s(classifier, work)
     if seconds > LONG_S:
+        minutes = max(seconds / 60, 1)
+        of_all = f" of {networks} networks" if networks > 1 else ""
         less = "; --classes top:20 takes the 20 that the quick statistics find most suspicious"
         progress.note(
-            f"triggers for {len(classes):,} classes: about {max(seconds / 60, 1):.0f} min on this device"
+            f"triggers for {len(classes):,} classes{of_all}: about {minutes:.0f} min on this device"
             + less * (len(classes) > 20)
         )
 
 
-def _verdict(method: str, class_scores: Scores, references: int) -> Verdict:
-    threshold = REFERENCED if references else THRESHOLDS[method]
+def _verdict(method: str, class_scores: Scores, threshold: Threshold) -> Verdict:
     score = float(np.nanmax(class_scores))
     return Verdict(
         method=method,
@@ -566,49 +620,6 @@ def _notes(
             f"(here {float(np.nanmedian(changes.success)):.0%}): universal changes say nothing and "
             "count as 0 in the score."
         )
-    return notes
-
-
-def _check_reference(
-    reference: Classifier, classifier: Classifier, trusted: TrustedImages, place: int
-) -> None:
-    """Refuse a reference that cannot be compared with the model."""
-    name = f"reference {place + 1}"
-    if (reference.classes, reference.class_names) != (classifier.classes, classifier.class_names):
-        raise InputError(
-            f"{name} has other classes than the checkpoint, or another order of them; give a network that "
-            "was trained for the same ones"
-        )
-    if reference.resolution != classifier.resolution:
-        raise InputError(
-            f"{name} takes {reference.resolution} px, the checkpoint {classifier.resolution}; give one of "
-            "the same resolution"
-        )
-    try:
-        check(reference, trusted)
-    except InputError as error:
-        raise InputError(f"{name}: {error}") from error
-    own, other = classifier.network.state_dict(), reference.network.state_dict()
-    if own.keys() == other.keys() and all(torch.equal(own[key], other[key]) for key in own):
-        raise InputError(
-            f"{name} has the very weights of the checkpoint: every score would be 0. Give a network that was "
-            "trained by someone else"
-        )
-
-
-def _reference_notes(
-    references: Sequence[Classifier], held_out: TrustedImages | None, model_accuracy: float | None
-) -> list[str]:
-    if held_out is None or model_accuracy is None:
-        return []
-    notes = []
-    for place, reference in enumerate(references):
-        own = accuracy(reference, held_out)
-        if own < model_accuracy - REFERENCE_WEAK:
-            notes.append(
-                f"Reference {place + 1} gets {own:.0%} of the held-out trusted images right, the model "
-                f"{model_accuracy:.0%}: what is natural for it need not be for the model."
-            )
     return notes
 
 

@@ -140,9 +140,6 @@ def load_with_trusted(
 ) -> tuple[Loaded, TrustedImages]:
     """A classifier and the trusted images, checked against each other; what both commands begin with.
 
-    What weights cannot tell the images decide: whether a ResNet with a 3×3 stem has its max-pool, and whether
-    GoogLeNet and Inception normalise their inputs anew, as those of torchvision's own weights do.
-
     Args:
         shards: trusted images, in any form that a scan takes.
         label: ``cls``, ``txt`` or ``json:path.to.field``.
@@ -152,7 +149,19 @@ def load_with_trusted(
     """
     loaded = load_classifier(config)
     trusted, left_out = load_trusted(shards, label, loaded.classifier, allow_pipe=allow_pipe)
-    notes = [*loaded.notes, *left_out]
+    return settled(replace(loaded, notes=(*loaded.notes, *left_out)), trusted), trusted
+
+
+def settled(loaded: Loaded, trusted: TrustedImages) -> Loaded:
+    """The same, with what weights cannot tell as the trusted images decide it, and notes of that.
+
+    Whether a ResNet with a 3×3 stem has its max-pool, and whether GoogLeNet and Inception normalise their
+    inputs anew, as those of torchvision's own weights do.
+
+    Raises:
+        InputError: a network that tells nothing apart.
+    """
+    notes = list(loaded.notes)
     network = loaded.classifier.network
     if architectures.has_cifar_stem(network):
         pools = {
@@ -164,7 +173,7 @@ def load_with_trusted(
         inputs = {"with ImageNet's normalisation": False, "with inputs from -1 to 1": True}
         notes.append(_settle(loaded.classifier, trusted, "transform_input", inputs))
     notes += refuse_constant(loaded.classifier, trusted)
-    return replace(loaded, notes=tuple(notes)), trusted
+    return replace(loaded, notes=tuple(notes))
 
 
 def _settle(classifier: Classifier, trusted: TrustedImages, name: str, choices: dict[str, Any]) -> str:

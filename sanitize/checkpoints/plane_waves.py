@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.nn import functional
 
 from sanitize.checkpoints.classifier import Classifier
 from sanitize.checkpoints.trigger_inversion import (
@@ -37,7 +38,7 @@ IMAGES = 32
 
 
 def kinds() -> npt.NDArray[np.int64]:
-    """(W, 3) periods down and across an image, and phase in quarters; of a wave and its opposite only one."""
+    """(W, 3) periods down and across, and phase in quarters; of a direction and its reverse only one."""
     found = np.mgrid[0 : FASTEST + 1, -FASTEST : FASTEST + 1, 0:PHASES].reshape(3, -1).T
     kept: npt.NDArray[np.int64] = found[(found[:, 0] > 0) | (found[:, 1] > 0)]
     return kept
@@ -53,7 +54,9 @@ def wave(kind: npt.NDArray[np.int64], side: int) -> npt.NDArray[np.float32]:
 
 
 def answers(classifier: Classifier, work: TrustedImages, advance: Advance = lambda steps: None) -> Answers:
-    """(W, C) the mean probability that a network gives each class, over images with each of the waves on.
+    """(W, C) share of images that a network calls each class, with each of the waves on.
+
+    Shares, not probabilities: these grow with the scale of the logits, which whoever trained it may choose.
 
     Args:
         work: up to `IMAGES` of them, evenly spaced, are taken.
@@ -68,8 +71,8 @@ def answers(classifier: Classifier, work: TrustedImages, advance: Advance = lamb
         for part in np.array_split(kinds(), -(-len(kinds()) // together)):
             waves = torch.from_numpy(np.stack([wave(kind, side) for kind in part])).to(device)
             laid = (1 - OPACITY) * pixels[None] + OPACITY * waves[:, None, None]
-            called = classifier(laid.flatten(0, 1)).float().softmax(1)
-            found.append(called.view(len(part), len(pixels), -1).mean(1).double().cpu().numpy())
+            called = functional.one_hot(classifier(laid.flatten(0, 1)).argmax(1), classifier.classes)
+            found.append(called.view(len(part), len(pixels), -1).double().mean(1).cpu().numpy())
             advance(len(part))
     return np.concatenate(found)
 
@@ -88,7 +91,7 @@ def spread(images: int) -> npt.NDArray[np.intp]:
 def unlike_the_references(
     own: Answers, references: Sequence[Answers]
 ) -> tuple[Answers, npt.NDArray[np.intp]]:
-    """How much more one wave means a class to the model than to the references on average.
+    """How many more images the model calls a class with one wave on than the references do on average.
 
     Args:
         own: (W, C) `answers` of the model.

@@ -31,6 +31,7 @@ NAMES = {
     "mask-size": "size of the mask",
     "margin": "largest margin",
     "head": "rows of the last layer",
+    "alone": "without the references",
     "natural": "natural score",
     "waves": "plane wave",
 }
@@ -45,8 +46,10 @@ MEANING = {
     "margin": "How far the class can be pushed ahead of the others by any input at all, next to the other "
     "classes.",
     "head": "How unusual the class's weights in the last layer are among the classes. No verdict uses it.",
-    "waves": "How much more probable the class is to the model than to the reference networks, on average "
-    "over trusted images, with one of 1,680 plane waves laid over them.",
+    "waves": "Share of trusted images that the model calls the class with a plane wave laid over them, less "
+    "the same share of the reference networks, for the wave where it is most. No wave of more than 14 "
+    "periods an image is tried.",
+    "alone": "The score as it would be if there were no reference networks.",
     "natural": "The mean score of the class in the reference networks, which is taken off the model's.",
 }
 LIMITS = (
@@ -84,7 +87,7 @@ class TriggerPictures:
     """A rebuilt trigger of the suspected class."""
 
     statistic: str
-    """``universal``, ``calibrated`` or ``neural-cleanse``."""
+    """``universal``, ``calibrated``, ``neural-cleanse`` or ``waves``."""
     trigger: Pixels
     """(R, R, 3) on mid grey."""
     magnified: int
