@@ -172,8 +172,8 @@ def inspect(
         method: ``combined``, ``universal-changes``, ``calibrated-trigger-inversion``, ``neural-cleanse`` or
             ``quick``.
         classes: labels joined by commas, or ``top:20``; None rebuilds triggers for all classes.
-        references: classifiers of the same classes that are known to be clean, of the same architecture and
-            preprocessing; only with the method ``combined``.
+        references: three or more classifiers of the same classes that are known to be clean, of the same
+            architecture and preprocessing; only with the method ``combined``.
         arch: ``auto``, ``torchvision:NAME``, ``timm:NAME``, ``hf:FOLDER`` or ``package.module:factory``.
         class_names: labels in the order of the head; None: the trusted labels are class numbers.
         prompts: for a CLIP model, with ``{}`` for the label.

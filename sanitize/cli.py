@@ -274,7 +274,7 @@ def inspect(
         list[Path] | None,
         typer.Option(
             help="A clean network of the same classes and architecture: what is natural for a class is taken "
-            "off. Again for each; best three or more."
+            "off. Again for each; three or more."
         ),
     ] = None,
     arch: Arch = "auto",

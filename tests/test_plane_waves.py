@@ -84,9 +84,9 @@ def test_the_wave_that_means_a_class_to_the_model_alone_is_found() -> None:
 
 def test_what_is_natural_is_taken_off_and_said() -> None:
     alone = inspect_classifier(model(backdoor=4.0), images(), config())
-    compared = inspect_classifier(model(backdoor=4.0), images(), config(), references={"a": twin(0)})
+    compared = inspect_classifier(model(backdoor=4.0), images(), config(), references=three())
     scores = compared.class_scores
-    expected = np.fmax(alone.class_scores["combined"] - scores["natural"], 1.4 * scores["waves"])
+    expected = np.fmax(alone.class_scores["combined"] - scores["natural"], 0.125 * scores["waves"])
     np.testing.assert_allclose(scores["combined"], expected)
     assert compared.verdict.suspected == TARGET
     assert compared.verdict.threshold != alone.verdict.threshold
@@ -95,7 +95,7 @@ def test_what_is_natural_is_taken_off_and_said() -> None:
 
 def test_classes_that_were_not_asked_for_have_no_score() -> None:
     found = inspect_classifier(
-        model(backdoor=4.0), images(), config(classes=(0, 1, 2, 3, 4)), references={"a": twin(0)}
+        model(backdoor=4.0), images(), config(classes=(0, 1, 2, 3, 4)), references=three()
     )
     assert np.isnan(found.class_scores["combined"]).tolist() == [False] * 5 + [True]
 
@@ -117,9 +117,11 @@ def test_a_reference_that_cannot_be_compared_is_refused_by_its_name(change: Any,
         inspect_classifier(model(), images(), config(), references=references)
 
 
-def test_only_the_default_method_takes_references() -> None:
+def test_only_the_default_method_takes_references_and_three_or_more() -> None:
     with pytest.raises(UsageError, match="--reference and --method neural-cleanse: only combined"):
         inspect_classifier(model(), images(), config(method="neural-cleanse"), references=three())
+    with pytest.raises(UsageError, match="--reference: 2 given; 3 or more are needed"):
+        inspect_classifier(model(), images(), config(), references={"a": twin(0), "b": twin(1)})
 
 
 def noted(classifier: Classifier, references: dict[str, Classifier]) -> str:
@@ -130,18 +132,18 @@ def test_what_weakens_a_comparison_is_noted(monkeypatch: pytest.MonkeyPatch) -> 
     worse = twin(0)
     with torch.no_grad():
         worse.head.weight[:] = worse.head.weight.roll(1, 0)
-    assert "Reference x gets" in noted(model(), {"x": worse})
+    assert "Reference x gets" in noted(model(), three() | {"x": worse})
     other = twin(0)
     other.architecture = "rows"
-    assert "Reference x is another network, rows" in noted(model(), {"x": other})
-    assert "Reference x descends from the same weights" in noted(model(), {"x": twin(0)})
+    assert "Reference x is another network, rows" in noted(model(), three() | {"x": other})
+    assert "Reference x descends from the same weights" in noted(model(), three() | {"x": twin(3)})
     monkeypatch.setattr(references_module, "RELATED", 0)
-    assert "descends" not in noted(model(), {"x": twin(0)})
+    assert "descends" not in noted(model(), three() | {"x": twin(3)})
 
 
 def test_a_backdoor_that_a_reference_shares_is_noted() -> None:
-    shared = model(backdoor=3.5)
-    notes = noted(model(backdoor=4.0), {"x": shared})
+    shared = {name: model(backdoor=strength) for name, strength in zip("xyz", (3.5, 3.6, 3.7), strict=True)}
+    notes = noted(model(backdoor=4.0), shared)
     assert "Reference x looks backdoored itself, towards class 2" in notes
     assert "Without the references class 2 has a score of" in notes
 
@@ -170,29 +172,29 @@ def test_natural_scores_are_means_of_what_can_be_compared() -> None:
 
 def test_the_command_compares_with_references_and_the_report_says_so(tmp_path: Path) -> None:
     line = checkpoint_and_shards(tmp_path)
-    for seed in (1, 2):
+    for seed in (1, 2, 3):
         torch.save(trained(0, seed).network.state_dict(), tmp_path / f"clean-{seed}.pt")
     asked = ["inspect", *line[1:4], *line[6:], "--out", tmp_path / "report"]
-    given = [word for seed in (1, 2) for word in ("--reference", tmp_path / f"clean-{seed}.pt")]
+    given = [word for seed in (1, 2, 3) for word in ("--reference", tmp_path / f"clean-{seed}.pt")]
     done = run_cli(*asked, *given, "--json")
     assert done.code == 0, done.err
     assert f"reference {tmp_path}/clean-2.pt: accuracy on the" in done.err
     facts = json.loads(done.out)
-    assert facts["model"]["references"] == [str(tmp_path / f"clean-{seed}.pt") for seed in (1, 2)]
+    assert facts["model"]["references"] == [str(tmp_path / f"clean-{seed}.pt") for seed in (1, 2, 3)]
     assert {"natural", "waves"} <= {row["statistic"] for row in facts["statistics"]}
     assert "--reference" not in json.dumps(facts["verdict"]["next"])
     page = Page((tmp_path / "report" / "report.html").read_text())
     assert page.open == []
     assert "natural score" in page.text
     assert "plane wave" in page.text
-    twice = run_cli(*asked, *given[:2], "--reference", f"{tmp_path}/./clean-1.pt")
+    twice = run_cli(*asked, *given[:4], "--reference", f"{tmp_path}/./clean-1.pt")
     assert twice.code == 2
     assert "was given before" in twice.err
     torch.save(network(5).state_dict(), tmp_path / "five.pt")
-    other = run_cli(*asked, "--reference", tmp_path / "five.pt")
+    other = run_cli(*asked, *given[:4], "--reference", tmp_path / "five.pt")
     assert other.code == 3
     assert "five.pt: the checkpoint does not fit --arch" in other.err
     alone = run_cli(*asked, "--json")
     advice = [step.get("command", "") for step in json.loads(alone.out)["verdict"]["next"]]
     backdoored = json.loads(alone.out)["verdict"]["backdoored"]
-    assert any("--reference CLEAN_NETWORK" in command for command in advice) != backdoored
+    assert any("--reference CLEAN_1" in command for command in advice) != backdoored

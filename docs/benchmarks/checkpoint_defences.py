@@ -41,7 +41,7 @@ LEARNED = 0.5
 """Attack success from which on a model counts as backdoored."""
 DEVELOPED = 10
 """Settings of `inspect` were chosen on models whose seed ends in 00 to 09; it is judged on the others."""
-REFERENCES, DRAWS = (1, 3), 100
+REFERENCES, DRAWS = (3, 5), 100
 """Reference networks that are drawn, besides all there are, and how often."""
 FLOOR_MODELS, FLOOR_IMAGES = 5, 2_000
 """Clean models that a floor is the mean of, and test images for each."""

@@ -221,9 +221,9 @@ def _next(found: Inspection, given: str, compared: bool) -> list[dict[str, str]]
             }
         ]
     more = {
-        "text": "With clean networks of the same classes, best three or more, it sees more: what is natural "
-        "for a class is then taken off:",
-        "command": f"sanitize inspect {given} --reference CLEAN_NETWORK",
+        "text": "With three or more clean networks of the same classes it sees more: what is natural for a "
+        "class is then taken off:",
+        "command": f"sanitize inspect {given} --reference CLEAN_1 --reference CLEAN_2 --reference CLEAN_3",
     }
     return [more] * (found.verdict.method == WITH_REFERENCES and not compared) + [
         {

@@ -50,8 +50,8 @@ METHODS = {
 ALONE, NATURAL, WAVES = "alone", "natural", "waves"
 """What there is with reference networks alone: the score without them, their own mean score, and how
 much more some plane wave means the class to the model than to them."""
-WAVES_COUNT = 1.4
-"""What a difference in waves is multiplied by: clean networks differ by less in them than in the rest."""
+WAVES_COUNT = 0.125
+"""What the statistic of waves is multiplied by: 4 counts like 0.5 in the rest of the score."""
 WITH_REFERENCES = "combined"
 """The only method that was measured with reference networks."""
 _FROM_MASKS = {"neural-cleanse", "mask-size"}
@@ -539,7 +539,7 @@ def _say_cost(
     """Seconds beforehand, from one timed step, where they are many."""
     parts = METHODS[config.method]
     # images a class that go through a network: 2 · 150 · 32 for calibrated, 150 · 32 for masks, and for
-    # universal changes at most 13 · 3 · 128; with references 1,680 · 32 for waves, forward alone
+    # universal changes at most 13 · 3 · 128; with references 1,680 · 64 for waves, forward alone
     share = ("calibrated" in parts) + 0.5 * bool(_FROM_MASKS & set(parts)) + 0.5 * ("universal" in parts)
     seconds = networks * share * estimated_s(classifier, work, len(classes), config.inversion)
     if networks > 1:

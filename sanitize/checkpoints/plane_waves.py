@@ -33,8 +33,10 @@ FASTEST = 14
 """Most periods down or across an image."""
 PHASES = 4
 """Of each wave, a quarter of a period apart: a network that was taught a wave knows it by its phase, too."""
-IMAGES = 32
+IMAGES = 64
 """Trusted images that each wave is laid over."""
+SPREAD = 0.1
+"""Of shares: references that agree by chance make no outlier of the model."""
 
 
 def kinds() -> npt.NDArray[np.int64]:
@@ -63,7 +65,7 @@ def answers(classifier: Classifier, work: TrustedImages, advance: Advance = lamb
         advance: told how many of the waves are done.
     """
     device = classifier.mean.device
-    pixels = to_pixels(work.take(spread(len(work))).pixels, device)
+    pixels = to_pixels(work.take(rows_of(len(work))).pixels, device)
     side = pixels.shape[2]
     together = max(1, images_at_once(device, side) // len(pixels))
     found = []
@@ -83,7 +85,7 @@ def estimated_s(classifier: Classifier, work: TrustedImages) -> float:
     return len(kinds()) / 3 * timed_step(classifier, work, images)
 
 
-def spread(images: int) -> npt.NDArray[np.intp]:
+def rows_of(images: int) -> npt.NDArray[np.intp]:
     """Rows of the images that waves are laid over."""
     return np.linspace(0, images - 1, min(IMAGES, images)).astype(np.intp)
 
@@ -91,18 +93,20 @@ def spread(images: int) -> npt.NDArray[np.intp]:
 def unlike_the_references(
     own: Answers, references: Sequence[Answers]
 ) -> tuple[Answers, npt.NDArray[np.intp]]:
-    """How many more images the model calls a class with one wave on than the references do on average.
+    """How much more often than the references the model calls images a class, for the wave where it is most.
 
     Args:
         own: (W, C) `answers` of the model.
-        references: (W, C) those of each reference network.
+        references: (W, C) those of each reference network, two or more.
 
     Returns:
-        (C,) the largest difference of each class, in [-1, 1], and (C,) the row of its wave.
+        (C,) the largest difference to their mean, in standard deviations between them plus `SPREAD`, and (C,)
+        the row of its wave.
 
     Source: ours.
     """
-    apart = own - np.mean(references, axis=0)
+    spread = np.std(references, axis=0, ddof=1) + SPREAD
+    apart = (own - np.mean(references, axis=0)) / spread
     return apart.max(axis=0), apart.argmax(axis=0)
 
 

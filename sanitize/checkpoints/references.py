@@ -21,6 +21,8 @@ Scores = npt.NDArray[np.float64]
 RELATED = 0.5
 """Distance of the parameters, in norms of the checkpoint's, below which one network descends from the other:
 small networks of the same recipe and other seeds are 1.1 apart."""
+FEWEST = 3
+"""References that show how far clean networks differ."""
 WEAK = 0.1
 """Accuracy below the model's from which on a reference is called weak."""
 
@@ -39,9 +41,10 @@ def load_references(
         The classifiers by the names given, and what was found out about them, in sentences.
 
     Raises:
-        UsageError: a path that was given before, or is the checkpoint.
+        UsageError: one or two paths, or one that was given before, or is the checkpoint.
         SanitizeError: as `load_classifier` and `check_reference`, with the path in front.
     """
+    _enough(len(paths))
     seen = [config.checkpoint.resolve()]
     found, notes = {}, []
     for path in paths:
@@ -65,14 +68,23 @@ def check_references(
     """Refuse references that cannot be compared with the model, by name.
 
     Raises:
+        UsageError: one or two.
         InputError: as `check_reference`, or a network that makes no sense.
     """
+    _enough(len(references))
     for name, reference in references.items():
         try:
             check_reference(reference, classifier)
             check(reference, trusted)
         except InputError as error:
             raise InputError(f"reference {name}: {error}") from error
+
+
+def _enough(count: int) -> None:
+    if 0 < count < FEWEST:
+        raise UsageError(
+            f"--reference: {count} given; {FEWEST} or more are needed to tell how far clean networks differ"
+        )
 
 
 def check_reference(reference: Classifier, classifier: Classifier) -> None:

@@ -46,8 +46,8 @@ MEANING = {
     "margin": "How far the class can be pushed ahead of the others by any input at all, next to the other "
     "classes.",
     "head": "How unusual the class's weights in the last layer are among the classes. No verdict uses it.",
-    "waves": "Share of trusted images that the model calls the class with a plane wave laid over them, less "
-    "the same share of the reference networks, for the wave where it is most. No wave of more than 14 "
+    "waves": "How many more trusted images the model calls the class with a plane wave laid over them than "
+    "the reference networks do, in units of their spread, for the wave where it is most. No wave of more than 14 "
     "periods an image is tried.",
     "alone": "The score as it would be if there were no reference networks.",
     "natural": "The mean score of the class in the reference networks, which is taken off the model's.",
