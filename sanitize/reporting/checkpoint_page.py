@@ -47,8 +47,8 @@ MEANING = {
     "classes.",
     "head": "How unusual the class's weights in the last layer are among the classes. No verdict uses it.",
     "waves": "How many more trusted images the model calls the class with a plane wave laid over them than "
-    "the reference networks do, in units of their spread, for the wave where it is most. No wave of more than 14 "
-    "periods an image is tried.",
+    "the reference networks do, in units of their spread, for the wave where it is most. Waves of up to 14 "
+    "periods an image are tried.",
     "alone": "The score as it would be if there were no reference networks.",
     "natural": "The mean score of the class in the reference networks, which is taken off the model's.",
 }
