@@ -15,10 +15,12 @@ from test_repair_file import checkpoint_and_shards
 
 from sanitize.checkpoints import plane_waves
 from sanitize.checkpoints import references as references_module
+from sanitize.checkpoints.audit import audit
 from sanitize.checkpoints.classifier import Classifier
 from sanitize.checkpoints.inspect import inspect_classifier
 from sanitize.checkpoints.references import natural_scores
 from sanitize.errors import InputError, UsageError
+from sanitize.progress import Silent
 
 WAVE = np.array([2, 1, 3])
 
@@ -80,6 +82,15 @@ def test_the_wave_that_means_a_class_to_the_model_alone_is_found() -> None:
     shown = made.pattern[TARGET, :, :, 0]
     np.testing.assert_allclose(shown, plane_waves.wave(WAVE, SIDE), atol=1e-6)
     assert made.success[TARGET] > 0.9
+
+
+def test_the_report_shows_the_wave_strong_enough_to_be_seen(tmp_path: Path) -> None:
+    report = audit(fires_on_a_wave(), images(), config(), tmp_path, "m.pt", Silent(), references=three())
+    page = Page(report.path.read_text())
+    assert page.open == []
+    assert "the trigger, on grey, 6 times stronger" in page.text
+    assert {row["statistic"] for row in report.facts["statistics"]} >= {"alone", "natural", "waves"}
+    assert report.facts["model"]["references"] == list("abc")
 
 
 def test_what_is_natural_is_taken_off_and_said() -> None:

@@ -318,42 +318,43 @@ def referenced_table(cells):
 
     Mean over `DRAWS` draws of so many references; everything else is judged.
     """
-    from sanitize.checkpoints.inspect import REFERENCED
-
     pool = [cell for cell in of_attack(cells, "clean") if cell["model"]["seed"] % 100 < DEVELOPED]
     clean, bad = clean_and_bad([cell for cell in cells if cell["model"]["seed"] % 100 >= DEVELOPED])
-    if len(pool) < max(REFERENCES) or not clean or not bad:
+    if len(pool) <= max(REFERENCES) or not clean or not bad:
         return ""
-    attacks = attacks_of(bad)
     rows = []
-    for count in (*REFERENCES, len(pool)):
+    for count in REFERENCES:
         random = np.random.default_rng(0)
-        areas, over = [], []
-        for _ in range(DRAWS):
-            drawn = [pool[place] for place in random.choice(len(pool), count, replace=False)]
-            judged = [with_references(cell, drawn) for cell in [*clean, *bad]]
-            scores = np.array([np.nanmax(values) for values in judged])
-            truth = np.arange(len(judged)) >= len(clean)
-            of = np.array(["clean"] * len(clean) + [cell["model"]["attack"] for cell in bad])
-            areas.append(
-                [roc_auc_score(truth, scores)]
-                + [
-                    roc_auc_score(of[one] == name, scores[one])
-                    for name in attacks
-                    for one in [(of == name) | ~truth]
-                ]
-            )
-            named = [
-                int(np.nanargmax(v)) == c["model"]["target"]
-                for v, c in zip(judged, [*clean, *bad], strict=True)
-            ]
-            called = scores > REFERENCED.value
-            over.append([called[~truth].mean(), called[truth].mean(), (called & named)[truth].mean()])
-        rates = [f"{rate:.0%}" for rate in np.mean(over, axis=0)]
-        rows.append([count, *rates, *(f"{area:.2f}" for area in np.mean(areas, axis=0))])
+        draws = [random.choice(len(pool), count, replace=False) for _ in range(DRAWS)]
+        rows.append([count, *referenced_row(clean, bad, [[pool[one] for one in drawn] for drawn in draws])])
+    rows.append([len(pool), *referenced_row(clean, bad, [pool])])
     title = f"{len(clean)} clean models, {len(bad)} backdoored, references from {len(pool)} others:"
-    head = ["references", "clean called", "found", "right class", "AUC", *attacks]
+    head = ["references", "clean called", "found", "right class", *attacks_of(bad), "AUC", *attacks_of(bad)]
     return f"{title}\n\n{markdown(head, rows)}"
+
+
+def referenced_row(clean, bad, draws):
+    """Shares over the threshold (clean, backdoored, right class, by attack) and AUC (all, by attack)."""
+    from sanitize.checkpoints.inspect import REFERENCED
+
+    attack = np.array([cell["model"]["attack"] for cell in [*clean, *bad]])
+    is_bad = attack != "clean"
+    shares, areas = [], []
+    for drawn in draws:
+        judged = [with_references(cell, drawn) for cell in [*clean, *bad]]
+        scores = np.array([np.nanmax(values) for values in judged])
+        right = [
+            int(np.nanargmax(values)) == cell["model"]["target"]
+            for values, cell in zip(judged, [*clean, *bad], strict=True)
+        ]
+        over = scores > REFERENCED.value
+        named = [over[attack == name].mean() for name in attacks_of(bad)]
+        shares.append([over[~is_bad].mean(), over[is_bad].mean(), (over & right)[is_bad].mean(), *named])
+        rows = [is_bad, *(attack == name for name in attacks_of(bad))]
+        areas.append([roc_auc_score(is_bad[row | ~is_bad], scores[row | ~is_bad]) for row in rows])
+    return [f"{share:.0%}" for share in np.mean(shares, axis=0)] + [
+        f"{area:.2f}" for area in np.mean(areas, axis=0)
+    ]
 
 
 def with_references(cell, references):

@@ -121,7 +121,7 @@ def as_triggers(
     """
     device, side = classifier.mean.device, held_out.pixels.shape[1]
     waves = np.stack([wave(kind, side) for kind in kinds()[rows[list(classes)]]])
-    pattern = torch.from_numpy(waves).to(device)[:, None].repeat(1, 3, 1, 1)
+    pattern = torch.from_numpy(waves).to(device)[:, None].expand(-1, 3, -1, -1)
     mask = torch.full_like(pattern[:, :1], OPACITY)
     success, _ = evaluate(classifier, held_out, classes, mask, pattern, added=False)
     return triggers_of(classes, mask, pattern, success)
