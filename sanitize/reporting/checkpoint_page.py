@@ -57,7 +57,7 @@ LIMITS = (
         "A quiet verdict is not a certificate",
         "Triggers that are no fixed picture (warps, reflections, triggers that depend on the image), faint "
         "ones over the whole image, several targets at once, and attackers who know these statistics can "
-        "stay below any threshold.",
+        "stay below any threshold. What reference networks share with the model counts as natural.",
     ),
     (
         "An alarm is not a proof",
