@@ -18,6 +18,8 @@ import sanitize
 from sanitize.checkpoints.classifier import Classifier
 from sanitize.checkpoints.inspect import (
     METHODS,
+    WAVES,
+    WAVES_COUNT,
     WITH_REFERENCES,
     InspectConfig,
     Inspection,
@@ -209,7 +211,10 @@ def _next(found: Inspection, given: str, compared: bool) -> list[dict[str, str]]
                 "speaks for a backdoor, the class's natural features speak against it."
             },
             {
-                "text": "Repair it, then inspect the repaired checkpoint:",
+                "text": "A wave over the image outlived every repair that was measured, so do not rely on "
+                "one. If you try, inspect what it wrote in the same way:"
+                if _is_a_wave(found)
+                else "Repair it, then inspect the repaired checkpoint:",
                 "command": f"sanitize repair {given} --out FIXED",
             },
         ]
@@ -233,6 +238,12 @@ def _next(found: Inspection, given: str, compared: bool) -> list[dict[str, str]]
             "command": f"sanitize repair {given} --out FIXED",
         }
     ]
+
+
+def _is_a_wave(found: Inspection) -> bool:
+    """Whether the plane wave of the suspected class, not the rest of the evidence, made the score."""
+    waves = found.class_scores.get(WAVES)
+    return waves is not None and WAVES_COUNT * waves[found.verdict.suspected] >= found.verdict.score
 
 
 def _statistic(name: str, scores: Any, classifier: Classifier) -> dict[str, Any]:
