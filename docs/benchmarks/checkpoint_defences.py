@@ -359,15 +359,16 @@ def referenced_row(clean, bad, draws):
 
 def with_references(cell, references):
     """(C,) class scores of the default method."""
-    from sanitize.checkpoints.inspect import NATURAL, WAVES, combine
+    from sanitize.checkpoints.inspect import METHODS, NATURAL, WAVES, combine
     from sanitize.checkpoints.plane_waves import unlike_the_references
+    from sanitize.checkpoints.references import natural_scores
 
     own, *others = (
         {name: np.array(values) for name, values in one["class_scores"].items()}
         for one in (cell, *references)
     )
     apart, _ = unlike_the_references(np.array(cell["waves"]), [np.array(one["waves"]) for one in references])
-    natural = np.mean([combine(other, "combined") for other in others], axis=0)
+    natural = natural_scores(own, others, METHODS["combined"])
     return combine(own | {NATURAL: natural, WAVES: apart}, "combined")
 
 

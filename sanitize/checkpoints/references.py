@@ -95,9 +95,8 @@ def check_reference(reference: Classifier, classifier: Classifier) -> None:
     """
     if reference.classes != classifier.classes:
         raise InputError(f"it has {reference.classes} classes, the checkpoint {classifier.classes}")
-    labels = [(one.label(c), c) for one in (reference, classifier) for c in range(one.classes)]
-    own, other = labels[: reference.classes], labels[reference.classes :]
-    for (theirs, place), (ours, _) in zip(own, other, strict=True):
+    for place in range(classifier.classes):
+        theirs, ours = reference.label(place), classifier.label(place)
         if theirs != ours:
             raise InputError(
                 f"its output {place} is {theirs!r}, the checkpoint's {ours!r}; --class-names names the "
