@@ -153,9 +153,10 @@ def test_what_weakens_a_comparison_is_noted(monkeypatch: pytest.MonkeyPatch) -> 
     with torch.no_grad():
         worse.head.weight[:] = worse.head.weight.roll(1, 0)
     assert "Reference x gets" in noted(model(), three() | {"x": worse})
-    other = twin(0)
-    other.architecture = "rows"
-    assert "Reference x is another network, rows" in noted(model(), three() | {"x": other})
+    other = twin(4)
+    other.network.more = torch.nn.Parameter(torch.zeros(1))
+    assert "Reference x has other parameters, columns" in noted(model(), three() | {"x": other})
+    assert "References a and b descend from the same weights" in noted(model(), three())
     assert "Reference x descends from the same weights" in noted(model(), three() | {"x": twin(3)})
     monkeypatch.setattr(references_module, "RELATED", 0)
     assert "descends" not in noted(model(), three() | {"x": twin(3)})
@@ -172,22 +173,35 @@ NATURAL = np.array([0.9, 0.1, -0.6, 0.0])
 
 
 def test_natural_scores_are_means_of_what_can_be_compared() -> None:
-    nothing = np.zeros(4)
-    own = {"a": np.array([1.0, 0.0, 0.0, 0.2]), "b": NATURAL}
-    np.testing.assert_allclose(
-        natural_scores(own, [{"a": NATURAL, "b": NATURAL}, {"a": nothing, "b": nothing}], ["a", "b"]),
-        NATURAL - 0.05,
-        err_msg="a reference without a statistic is left out of its mean",
-    )
-    for references in ([{"a": nothing, "b": NATURAL}], [{"a": nothing, "b": NATURAL}] * 2):
+    nothing, own = np.zeros(4), {"a": np.array([1.0, 0.0, 0.0, 0.2]), "b": NATURAL}
+    full, silent = {"a": NATURAL, "b": NATURAL}, {"a": nothing, "b": nothing}
+    without_a = {"a": nothing, "b": NATURAL}
+    centred = NATURAL - 0.05
+    for references, expected, why in (
+        ([full] * 3 + [silent], centred, "a reference without a statistic is left out of its mean"),
+        ([without_a] * 3, centred / 2, "nothing is natural in a, and all of the model's a counts"),
+        ([full] * 2 + [without_a], centred / 2, "two are too few to say what is natural"),
+    ):
         found = natural_scores(own, references, ["a", "b"])
-        np.testing.assert_allclose(found, (own["a"] - 0.1 + NATURAL - 0.05) / 2, err_msg="no difference in a")
-    silent = {"a": nothing, "b": nothing}
+        np.testing.assert_allclose(found, expected, err_msg=why)
+    made_up = natural_scores(silent, [full] * 3, ["a", "b"])
     np.testing.assert_array_equal(
-        natural_scores(silent, [{"a": NATURAL, "b": NATURAL}], ["a", "b"]),
-        0,
-        err_msg="a model that cannot be compared is not far from what is natural",
+        made_up, 0, err_msg="a model that cannot be compared is not far from natural"
     )
+
+
+def test_a_network_that_is_given_twice_is_refused() -> None:
+    with pytest.raises(InputError, match="references c and x are the same network"):
+        inspect_classifier(model(), images(), config(), references=three() | {"x": twin(2)})
+
+
+def test_large_images_go_through_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    classifier = fires_on_a_wave()
+    classifier.network.columns.register_forward_hook(lambda module, inputs, out: seen.append(len(out)))
+    monkeypatch.setattr(plane_waves, "images_at_once", lambda device, side: 7)
+    plane_waves.answers(classifier, images())
+    assert max(seen) == 7
 
 
 def test_the_command_compares_with_references_and_the_report_says_so(tmp_path: Path) -> None:

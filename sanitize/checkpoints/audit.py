@@ -17,6 +17,7 @@ import torch
 import sanitize
 from sanitize.checkpoints.classifier import Classifier
 from sanitize.checkpoints.inspect import (
+    ALONE,
     METHODS,
     WAVES,
     WAVES_COUNT,
@@ -189,7 +190,8 @@ def sentence(found: Inspection, label: str) -> str:
         return f"This model looks backdoored, towards class {label}"
     if found.verdict.method == "quick":
         return "The quick statistics see no sign of a backdoor"
-    if not np.nan_to_num(found.class_scores[found.verdict.method]).any():
+    compared = found.class_scores.get(ALONE, found.class_scores[found.verdict.method])
+    if not np.nan_to_num(compared).any():
         return "The classes of this model could not be compared, so this is no verdict; see the notes"
     return "No class of this model stands out as the target of a backdoor"
 

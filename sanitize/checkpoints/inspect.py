@@ -20,7 +20,14 @@ from sanitize.checkpoints import plane_waves
 from sanitize.checkpoints.classifier import Classifier
 from sanitize.checkpoints.pivotal_tuning import start
 from sanitize.checkpoints.quick_statistics import head_indicators, largest_margins, margins_s, robust_z
-from sanitize.checkpoints.references import centred, check_references, compares, doubts, natural_scores
+from sanitize.checkpoints.references import (
+    FEWEST,
+    centred,
+    check_references,
+    compares,
+    doubts,
+    natural_scores,
+)
 from sanitize.checkpoints.repair import check, settings_of
 from sanitize.checkpoints.trigger_inversion import (
     WORKS,
@@ -106,9 +113,9 @@ THRESHOLDS = {
 backdoored small networks (the first half in docs/benchmarks.md); Neural Cleanse's is the published one."""
 REFERENCED = Threshold(
     value=0.5,
-    calibration="on small CIFAR-10 networks, with three references, it found 78 % of 9 backdoors, each with "
-    "its class, and called 10 % of 7 clean networks backdoored (with five 74 and 2 %); not calibrated on "
-    "models like yours",
+    calibration="on small CIFAR-10 networks, with three references that saw the same training images, it "
+    "found 7.0 of 9 backdoors on average, each with its class, and called 0.7 of 7 clean networks backdoored "
+    "(with three that saw other images 6 and 0); not calibrated on models like yours",
 )
 """Of `WITH_REFERENCES` with reference networks: set on eight clean networks, each judged by others of them,
 two with adaptive-blend and two with sinusoid."""
@@ -387,7 +394,8 @@ def _suspicious(
                 "the model is not seen. See what is found without it."
             )
         notes += [
-            f"Reference {name} has no {part} to compare with, and is left out of that part of the score."
+            f"Reference {name} has no {part} to compare with, and is left out of that part of the score. "
+            f"Where fewer than {FEWEST} have, nothing is taken off."
             for part in METHODS[method]
             if not compares(own[part])
         ]

@@ -67,13 +67,17 @@ def answers(classifier: Classifier, work: TrustedImages, advance: Advance = lamb
     device = classifier.mean.device
     pixels = to_pixels(work.take(rows_of(len(work))).pixels, device)
     side = pixels.shape[2]
-    together = max(1, images_at_once(device, side) // len(pixels))
+    at_once = images_at_once(device, side)
+    together = max(1, at_once // len(pixels))
     found = []
     with torch.inference_mode(), frozen(classifier), fast(device):
         for part in np.array_split(kinds(), -(-len(kinds()) // together)):
             waves = torch.from_numpy(np.stack([wave(kind, side) for kind in part])).to(device)
             laid = (1 - OPACITY) * pixels[None] + OPACITY * waves[:, None, None]
-            called = functional.one_hot(classifier(laid.flatten(0, 1)).argmax(1), classifier.classes)
+            labels = torch.cat(
+                [classifier(some).argmax(1) for some in torch.split(laid.flatten(0, 1), at_once)]
+            )
+            called = functional.one_hot(labels, classifier.classes)
             found.append(called.view(len(part), len(pixels), -1).double().mean(1).cpu().numpy())
             advance(len(part))
     return np.concatenate(found)
@@ -81,8 +85,9 @@ def answers(classifier: Classifier, work: TrustedImages, advance: Advance = lamb
 
 def estimated_s(classifier: Classifier, work: TrustedImages) -> float:
     """Seconds that `answers` will take, from one timed step; forward is a third of forward and back."""
-    images = min(IMAGES, len(work))
-    return len(kinds()) / 3 * timed_step(classifier, work, images)
+    device, side = classifier.mean.device, work.pixels.shape[1]
+    timed = min(IMAGES, len(work), images_at_once(device, side))
+    return len(kinds()) * min(IMAGES, len(work)) / timed / 3 * timed_step(classifier, work, timed)
 
 
 def rows_of(images: int) -> npt.NDArray[np.intp]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -78,6 +79,9 @@ def check_references(
             check(reference, trusted)
         except InputError as error:
             raise InputError(f"reference {name}: {error}") from error
+    for (one, first), (other, second) in itertools.combinations(references.items(), 2):
+        if distance(first, second) == 0:
+            raise InputError(f"references {one} and {other} are the same network; give ones trained apart")
 
 
 def _enough(count: int) -> None:
@@ -102,6 +106,8 @@ def check_reference(reference: Classifier, classifier: Classifier) -> None:
                 f"its output {place} is {theirs!r}, the checkpoint's {ours!r}; --class-names names the "
                 "outputs of all of them, where they are in the same order"
             )
+    if reference.mean.device != classifier.mean.device:
+        raise InputError(f"it is on {reference.mean.device}, the checkpoint on {classifier.mean.device}")
     if reference.resolution != classifier.resolution:
         raise InputError(
             f"it takes {reference.resolution} px, the checkpoint {classifier.resolution}; give one of the "
@@ -139,16 +145,22 @@ def doubts(
                 f"Reference {name} descends from the same weights as the checkpoint (they are {apart:.0%} of "
                 "their norm apart): a backdoor that both have is not seen. Give one that was trained apart."
             )
-        if reference.architecture != classifier.architecture:
+        if apart == float("inf"):
             notes.append(
-                f"Reference {name} is another network, {reference.architecture}: what is natural for it need "
-                "not be for the model. This was not measured."
+                f"Reference {name} has other parameters, {reference.architecture}: what is natural for "
+                "another network need not be for the model. This was not measured."
             )
         if own < model_accuracy - WEAK:
             notes.append(
                 f"Reference {name} gets {own:.0%} of the held-out trusted images right, the model "
                 f"{model_accuracy:.0%}: what is natural for it need not be for the model. Check the order of "
                 "its classes, or leave it out."
+            )
+    for (one, first), (other, second) in itertools.combinations(references.items(), 2):
+        if distance(first, second) < RELATED:
+            notes.append(
+                f"References {one} and {other} descend from the same weights: they count twice, and how far "
+                "clean networks differ is underrated."
             )
     return notes
 
@@ -159,13 +171,14 @@ def natural_scores(
     """(C,) what the mean of some statistics, each less its median, is on average in the references.
 
     A statistic that has nothing to compare with, and is 0 for all classes, in a reference is left out of its
-    mean; where it is so in the model or in all references, the model's own values stand in, which makes a
-    difference of 0.
+    mean. Where that is so in the model, or in all but one or two references, nothing is natural: no evidence
+    is taken off, and none is made.
     """
     means = []
     for part in parts:
         known = [centred(one[part]) for one in references if compares(one[part])]
-        means.append(np.mean(known, axis=0) if known and compares(own[part]) else centred(own[part]))
+        enough = len(known) >= FEWEST and compares(own[part])
+        means.append(np.mean(known, axis=0) if enough else 0 * own[part])
     natural: Scores = np.mean(means, axis=0)
     return natural
 
