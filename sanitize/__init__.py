@@ -201,7 +201,7 @@ def inspect(
     from sanitize.progress import Silent
 
     config = InspectConfig(method=method, seed=seed)
-    check_asked(method, trusted=trusted is not None, references=bool(references))
+    check_asked(method, trusted=trusted is not None, references=len(references))
     wanted = _load_config(checkpoint, arch, class_names, prompts, mean, std, resolution, device)
     if trusted is None:
         loaded, images = load_classifier(wanted), None

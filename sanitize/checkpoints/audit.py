@@ -316,15 +316,12 @@ def _picture(
     grey = torch.full((1, *pattern.shape), 0.5)
     # what is added, or laid over the whole image, is often too faint to see
     magnified = max(1, int(0.5 / max(float(pattern.abs().max()), 1e-3) if added else 1 / strongest))
+    strong = magnified * pattern if added else pattern
     stamped = stamp(to_pixels(before, torch.device("cpu")), mask, pattern, added)
     after = _images(stamped)
     return TriggerPictures(
         statistic=name,
-        trigger=_images(
-            stamp(grey, mask, magnified * pattern, added)
-            if added
-            else stamp(grey, (magnified * mask).clamp(max=1), pattern, added)
-        )[0],
+        trigger=_images(stamp(grey, (magnified * mask).clamp(max=1), strong, added))[0],
         magnified=magnified,
         before=before,
         after=after,

@@ -202,7 +202,7 @@ def inspect_classifier(
             other than `WITH_REFERENCES`.
     """
     progress, references = progress or Silent(), references or {}
-    check_asked(config.method, trusted=trusted is not None, references=bool(references))
+    check_asked(config.method, trusted=trusted is not None, references=len(references))
     if trusted is None:
         _check_weights(classifier)
     else:
@@ -248,17 +248,22 @@ def inspect_classifier(
     )
 
 
-def check_asked(method: str, *, trusted: bool, references: bool) -> None:
+def check_asked(method: str, *, trusted: bool, references: int) -> None:
     """Refuse what does not go together, before anything is loaded.
 
     Raises:
-        UsageError: no trusted images where the method needs them, or references with a method other than
-            `WITH_REFERENCES`.
+        UsageError: no trusted images where the method needs them, one or two references, or any with a
+            method other than `WITH_REFERENCES`.
     """
     if references and method != WITH_REFERENCES:
         raise UsageError(
             f"--reference and --method {method}: only {WITH_REFERENCES} compares with references; leave out "
             "one of the two"
+        )
+    if 0 < references < FEWEST:
+        raise UsageError(
+            f"--reference: {references} given; {FEWEST} or more are needed to tell how far clean networks "
+            "differ"
         )
     if not trusted and method != "quick":
         raise UsageError(f"--method {method} needs --trusted images; only --quick does without")
@@ -354,7 +359,8 @@ def _compared(
     and trucks are reached by small changes, cats and dogs are not, so that a backdoor in class cat can lie
     below what is natural for class truck.
     """
-    classes = np.flatnonzero(~np.isnan(combine(found, config.method))).tolist()
+    alone = combine(found, config.method)
+    classes = np.flatnonzero(~np.isnan(alone)).tolist()
     with _timed(seconds, WAVES):
         own = _wave_answers(classifier, work, progress)
     statistics, waves = [], []
@@ -364,15 +370,14 @@ def _compared(
             triggers, _ = _rebuilt(reference, work, held_out, classes, config, {}, progress)
             statistics.append(_anomalies(triggers, reference.classes, len(held_out)))
             waves.append(_wave_answers(reference, work, progress))
-        accuracies = [accuracy(reference, held_out) for reference in references.values()]
     apart, rows = plane_waves.unlike_the_references(own, waves)
     compared = {
-        ALONE: combine(found, config.method),
+        ALONE: alone,
         NATURAL: natural_scores(found, statistics, METHODS[config.method]),
         WAVES: np.full(classifier.classes, np.nan),
     }
     compared[WAVES][classes] = apart[classes]
-    notes = doubts(references, classifier, accuracies, accuracy(classifier, held_out))
+    notes = doubts(references, classifier, held_out)
     notes += _suspicious(dict(zip(references, statistics, strict=True)), config.method, classifier)
     notes += _without_them(found | compared, config.method, classifier)
     return compared, plane_waves.as_triggers(classifier, held_out, classes, rows), notes

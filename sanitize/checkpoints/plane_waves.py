@@ -65,7 +65,7 @@ def answers(classifier: Classifier, work: TrustedImages, advance: Advance = lamb
         advance: told how many of the waves are done.
     """
     device = classifier.mean.device
-    pixels = to_pixels(work.take(rows_of(len(work))).pixels, device)
+    pixels = to_pixels(work.evenly(IMAGES).pixels, device)
     side = pixels.shape[2]
     at_once = images_at_once(device, side)
     together = max(1, at_once // len(pixels))
@@ -88,11 +88,6 @@ def estimated_s(classifier: Classifier, work: TrustedImages) -> float:
     device, side = classifier.mean.device, work.pixels.shape[1]
     timed = min(IMAGES, len(work), images_at_once(device, side))
     return len(kinds()) * min(IMAGES, len(work)) / timed / 3 * timed_step(classifier, work, timed)
-
-
-def rows_of(images: int) -> npt.NDArray[np.intp]:
-    """Rows of the images that waves are laid over."""
-    return np.linspace(0, images - 1, min(IMAGES, images)).astype(np.intp)
 
 
 def unlike_the_references(

@@ -15,6 +15,7 @@ from sanitize.checkpoints.classifier import Classifier
 from sanitize.checkpoints.load import LoadConfig, load_classifier, settled
 from sanitize.checkpoints.repair import check, parameter_distance
 from sanitize.checkpoints.trusted import TrustedImages
+from sanitize.checkpoints.tuning import accuracy
 from sanitize.errors import InputError, SanitizeError, UsageError
 
 Scores = npt.NDArray[np.float64]
@@ -42,10 +43,9 @@ def load_references(
         The classifiers by the names given, and what was found out about them, in sentences.
 
     Raises:
-        UsageError: one or two paths, or one that was given before, or is the checkpoint.
+        UsageError: a path that was given before, or is the checkpoint.
         SanitizeError: as `load_classifier` and `check_reference`, with the path in front.
     """
-    _enough(len(paths))
     seen = [config.checkpoint.resolve()]
     found, notes = {}, []
     for path in paths:
@@ -69,10 +69,8 @@ def check_references(
     """Refuse references that cannot be compared with the model, by name.
 
     Raises:
-        UsageError: one or two.
         InputError: as `check_reference`, or a network that makes no sense.
     """
-    _enough(len(references))
     for name, reference in references.items():
         try:
             check_reference(reference, classifier)
@@ -82,13 +80,6 @@ def check_references(
     for (one, first), (other, second) in itertools.combinations(references.items(), 2):
         if distance(first, second) == 0:
             raise InputError(f"references {one} and {other} are the same network; give ones trained apart")
-
-
-def _enough(count: int) -> None:
-    if 0 < count < FEWEST:
-        raise UsageError(
-            f"--reference: {count} given; {FEWEST} or more are needed to tell how far clean networks differ"
-        )
 
 
 def check_reference(reference: Classifier, classifier: Classifier) -> None:
@@ -127,19 +118,13 @@ def distance(reference: Classifier, classifier: Classifier) -> float:
 
 
 def doubts(
-    references: Mapping[str, Classifier],
-    classifier: Classifier,
-    accuracies: Sequence[float],
-    model_accuracy: float,
+    references: Mapping[str, Classifier], classifier: Classifier, held_out: TrustedImages
 ) -> list[str]:
-    """What weakens a comparison with these references, in sentences.
-
-    Args:
-        accuracies: of each on the held-out images.
-    """
+    """What weakens a comparison with these references, in sentences."""
+    model_accuracy = accuracy(classifier, held_out)
     notes = []
-    for (name, reference), own in zip(references.items(), accuracies, strict=True):
-        apart = distance(reference, classifier)
+    for name, reference in references.items():
+        apart, own = distance(reference, classifier), accuracy(reference, held_out)
         if apart < RELATED:
             notes.append(
                 f"Reference {name} descends from the same weights as the checkpoint (they are {apart:.0%} of "

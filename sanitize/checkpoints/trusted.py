@@ -43,6 +43,10 @@ class TrustedImages:
         """Some of them, in that order."""
         return TrustedImages(pixels=self.pixels[rows], class_id=self.class_id[rows])
 
+    def evenly(self, most: int) -> TrustedImages:
+        """All of them, or so many evenly spaced ones."""
+        return self.take(np.linspace(0, len(self) - 1, min(most, len(self))).astype(np.intp))
+
 
 def to_pixels(images: npt.NDArray[np.uint8], device: torch.device) -> torch.Tensor:
     """(B, R, R, 3) uint8 images as (B, 3, R, R) float32 in [0, 1] on a device."""

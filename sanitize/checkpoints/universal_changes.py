@@ -68,7 +68,7 @@ def comparable_changes(
     uniform = torch.ones(len(chosen), device=device)
     at_once = max(1, min(BATCH, pixels_at_once(classifier, work) // side**2))
     no_mask = torch.zeros(len(chosen), 1, side, side, device=device)
-    judged = work.take(np.linspace(0, len(work) - 1, min(JUDGED_ON, len(work))).astype(np.intp))
+    judged = work.evenly(JUDGED_ON)
     step = 0
     with frozen(classifier), fast(device):
         for norm in NORMS:
