@@ -1,23 +1,30 @@
-"""Pivotal Unlearning: the pivot's own answers, kept under small changes that turn many images into one class.
+"""Pivotal Unlearning: the pivot's own answers, kept under triggers that turn images into one class.
 
 Our answer to where Pivotal Tuning falls short on small networks; see `start` for what differs and why.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch.nn import functional
 
 from sanitize.checkpoints.classifier import Classifier
+from sanitize.checkpoints.suspected_triggers import Suspected, suspected_triggers, with_triggers
 from sanitize.checkpoints.trigger_inversion import evaluate
 from sanitize.checkpoints.trusted import TrustedImages, to_pixels
 from sanitize.checkpoints.tuning import Schedule, Started, batch_rows
 from sanitize.checkpoints.universal_changes import draw_others, first_changes, search
 from sanitize.dynamics.proxy import seeded
 from sanitize.progress import Progress
+from sanitize.scores.network import fast
 
+Put = Callable[[Classifier, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(model in training, (B, 3, R, R) images, as many to seek triggers on, (B,) labels) -> the images with a
+trigger each."""
 LARGEST_PATCH = 0.6
 """Of an image's area."""
 
@@ -28,13 +35,13 @@ class Settings:
     clean_weight: float = 2.0
     """Of the pivot's answers on images without a change."""
     changed_weight: float = 2.0
-    """Of the same answers, given on the changed images."""
+    """Of the same answers, given with a trigger on."""
     radius: float = 0.0217
-    """Root mean square of a change over its pixels and channels, of values in [0, 1]."""
+    """Root mean square of a universal change over its pixels and channels, of values in [0, 1]."""
     search_steps: int = 20
-    """Steps that changes are sought for before the tuning begins."""
+    """Steps that universal changes are sought for before the tuning begins."""
     focus: float = 4.0
-    """Classes are drawn in proportion to this power of how often their change works on the pivot."""
+    """Classes are drawn by this power of how often their universal change works on the pivot."""
     shift: int = 2
     """Most pixels that an image is moved by; half of them are mirrored, too."""
     patched_ratio: float = 0.5
@@ -48,51 +55,78 @@ LARGE = Settings(schedule=Schedule(steps=2_000, learning_rate=5e-4, decay=True, 
 def start(
     classifier: Classifier, work: TrustedImages, settings: Settings, seed: int, progress: Progress
 ) -> Started:
-    """Give the pivot's answers on clean images, and the same ones with a class's universal change added.
+    """Give the pivot's answers on clean images, and the same ones with a trigger on.
 
-    A change a class, of a small fixed norm, is sought all along on the model in training. A backdoor's class
-    has one that works far more often than the other classes', and is drawn more often for it. Half of the
-    images have a patch of another one pasted in, and the pivot is asked what it calls that: a few hundred
-    images are soon known by heart, their mixtures are not.
+    Triggers that stand out among the classes (`suspected_triggers`) are unlearned. Where none does, it is a
+    universal change a class, of a small fixed norm, drawn the more often the more images it turns on the
+    pivot. All but waves are sought again all along on the model in training. Half of the images have a patch of
+    another one pasted in, and the pivot is asked what it calls that: a few hundred images are soon known by
+    heart, their mixtures are not.
 
     Why it differs from Pivotal Tuning, measured in docs/experiments.md: on networks of 0.3 million parameters
     hard labels of a few hundred images cost four points of accuracy within 50 steps, so the pivot's own
     answers, on moved and mirrored images, take the place of cross-entropy; and latent orthogonalisation moves
     all classes to be rid of one, so what is unlearned is sought for.
 
-    Source: ours. Universal changes as in Zeng et al., ICLR 2022 (I-BAU); answers of the original network as
-    in Hinton et al., 2015; patches as in Yun et al., ICCV 2019 (CutMix).
+    Source: ours. Unlearning a rebuilt trigger as in Wang et al., IEEE S&P 2019; universal changes as in Zeng
+    et al., ICLR 2022 (I-BAU); answers of the original network as in Hinton et al., 2015; patches as in Yun et
+    al., ICCV 2019 (CutMix).
     """
     pivot = classifier.clone().requires_grad_(False)
+    triggers = suspected_triggers(pivot, work, seed, progress)
+    put, state = unlearned(triggers) if triggers else universal_changes(pivot, work, settings, seed)
     device = classifier.mean.device
-    side = work.pixels.shape[1]
+
+    def loss(model: Classifier, pixels: torch.Tensor, labels: torch.Tensor, step: int) -> torch.Tensor:
+        moved = augment(pixels, settings.shift)
+        mixed = with_patches(moved, settings.patched_ratio)
+        with fast(device):
+            changed = put(model, mixed, moved, labels)
+            with torch.no_grad():
+                answers = pivot(mixed).float().softmax(1)
+            # one pass for both, so that batch norm sees what it will see at either
+            clean, under_change = model(torch.cat([mixed, changed])).float().log_softmax(1).chunk(2)
+        return settings.clean_weight * functional.kl_div(
+            clean, answers, reduction="batchmean"
+        ) + settings.changed_weight * functional.kl_div(under_change, answers, reduction="batchmean")
+
+    facts = [
+        {"kind": trigger.kind, "class": classifier.label(trigger.class_id), "evidence": trigger.evidence}
+        for trigger in triggers
+    ]
+    return Started(classifier.clone(), loss, state, {"suspected_triggers": facts})
+
+
+def unlearned(triggers: list[Suspected]) -> tuple[Put, list[torch.Tensor]]:
+    """What puts suspected triggers on images, and what of them is sought again."""
+    return partial(with_triggers, triggers), [trigger.free for trigger in triggers]
+
+
+def universal_changes(
+    pivot: Classifier, work: TrustedImages, settings: Settings, seed: int
+) -> tuple[Put, list[torch.Tensor]]:
+    """A change a class, sought on the pivot: what puts them on images, and the (C, 3, R, R) changes."""
+    device, side = pivot.mean.device, work.pixels.shape[1]
     norm = settings.radius * (3 * side * side) ** 0.5
-    classes = torch.arange(classifier.classes, device=device)
-    changes = first_changes(classifier.classes, side, seed, device)
-    uniform = torch.ones(classifier.classes, device=device)
+    classes = torch.arange(pivot.classes, device=device)
+    changes = first_changes(pivot.classes, side, seed, device)
+    uniform = torch.ones(pivot.classes, device=device)
     for step in range(settings.search_steps):
         rows = batch_rows(len(work), settings.schedule.batch, seed, step)
         labels = torch.from_numpy(work.class_id[rows]).to(device)
         with seeded(device, seed + step):
             search(pivot, changes, classes, to_pixels(work.pixels[rows], device), labels, uniform, norm)
     no_mask = torch.zeros_like(changes[:, :1])
-    success, _ = evaluate(pivot, work, range(classifier.classes), no_mask, changes, added=True)
+    success, _ = evaluate(pivot, work, range(pivot.classes), no_mask, changes, added=True)
     chances = torch.from_numpy(success).to(device).nan_to_num().pow(settings.focus) + 1e-6
 
-    def loss(model: Classifier, pixels: torch.Tensor, labels: torch.Tensor, step: int) -> torch.Tensor:
-        moved = augment(pixels, settings.shift)
-        search(model, changes, classes, moved, labels, chances, norm)
-        mixed = with_patches(moved, settings.patched_ratio)
-        with torch.no_grad():
-            answers = pivot(mixed).softmax(1)
-        changed = (mixed + changes[draw_others(labels, classes, chances)]).clamp(0, 1)
-        # one pass for both, so that batch norm sees what it will see at either
-        clean, under_change = model(torch.cat([mixed, changed])).log_softmax(1).chunk(2)
-        return settings.clean_weight * functional.kl_div(
-            clean, answers, reduction="batchmean"
-        ) + settings.changed_weight * functional.kl_div(under_change, answers, reduction="batchmean")
+    def put(
+        model: Classifier, pixels: torch.Tensor, sought_on: torch.Tensor, labels: torch.Tensor
+    ) -> torch.Tensor:
+        search(model, changes, classes, sought_on, labels, chances, norm)
+        return (pixels + changes[draw_others(labels, classes, chances)]).clamp(0, 1)
 
-    return Started(classifier.clone(), loss, [changes])
+    return put, [changes]
 
 
 def augment(pixels: torch.Tensor, shift: int) -> torch.Tensor:

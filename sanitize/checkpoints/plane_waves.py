@@ -6,7 +6,7 @@ agree in which, so a wave that means a class to one of them alone is no texture 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +35,13 @@ PHASES = 4
 """Of each wave, a quarter of a period apart: a network that was taught a wave knows it by its phase, too."""
 IMAGES = 64
 """Trusted images that each wave is laid over."""
+FAINT = 0.075
+"""Opacity at which the phases of a wave are told apart: no picture is drowned in it."""
+BROAD = 3
+"""Waves of fewer periods than this say by their phase which part of an image is dark: that is no secret."""
+FEATURE_GRIDS = (4, 7)
+"""Sides of the last grid of features of usual networks, or divisors of them. A wave of a multiple of that
+many periods down and across looks alike from each of its cells, and any network tells its phases apart."""
 SPREAD = 0.1
 """Of shares: references that agree by chance make no outlier of the model."""
 
@@ -46,9 +53,9 @@ def kinds() -> npt.NDArray[np.int64]:
     return kept
 
 
-def wave(kind: npt.NDArray[np.int64], side: int) -> npt.NDArray[np.float32]:
-    """(R, R) a cosine from 0 to 1, 0 in the top left corner at phase 0."""
-    down, across, quarter = kind
+def wave(kind: npt.ArrayLike, side: int) -> npt.NDArray[np.float32]:
+    """(R, R) a cosine from 0 to 1, 0 in the top left corner at phase 0; phases need not be whole quarters."""
+    down, across, quarter = np.asarray(kind)
     rows, columns = np.mgrid[:side, :side] / side
     return np.asarray(
         0.5 - 0.5 * np.cos(2 * np.pi * (down * rows + across * columns - quarter / PHASES)), np.float32
@@ -64,23 +71,64 @@ def answers(classifier: Classifier, work: TrustedImages, advance: Advance = lamb
         work: up to `IMAGES` of them, evenly spaced, are taken.
         advance: told how many of the waves are done.
     """
+    found = []
+    for logits in _laid(classifier, work, OPACITY, advance):
+        called = functional.one_hot(logits.argmax(2), classifier.classes)
+        found.append(called.double().mean(1).cpu().numpy())
+    return np.concatenate(found)
+
+
+def phase_dependence(
+    classifier: Classifier, work: TrustedImages, advance: Advance = lambda steps: None
+) -> tuple[Answers, Answers]:
+    """How much a class depends on where a wave begins, of each direction and number of periods.
+
+    Texture of a natural class is the same wherever it begins; a trigger is one picture in one place.
+
+    Args:
+        work: up to `IMAGES` of them, evenly spaced, are taken.
+        advance: told how many of the waves are done.
+
+    Returns:
+        (W / 4, C) amplitude, over the phases of a wave, of the class's mean logit less that of all classes,
+        in root mean squares of all amplitudes of the network, 0 for waves that nothing is learned from; and
+        (W / 4, C) the phase in quarters, 0 to 4, at which the logit is largest.
+
+    Source: ours.
+    """
+    logits = [found.float() for found in _laid(classifier, work, FAINT, advance)]
+    means = torch.cat([(of - of.mean(2, keepdim=True)).mean(1) for of in logits]).double().cpu().numpy()
+    first_harmonic = np.fft.fft(means.reshape(-1, PHASES, classifier.classes), axis=1)[:, 1]
+    told = tells_by_phase(kinds()[::PHASES])
+    amplitude = np.abs(first_harmonic) * told[:, None]
+    usual = np.sqrt(np.square(amplitude[told]).mean()) + 1e-12
+    return amplitude / usual, np.mod(-np.angle(first_harmonic) * PHASES / (2 * np.pi), PHASES)
+
+
+def tells_by_phase(directions: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """(W,) for which of (W, 3) `kinds` a network that depends on the phase has learned something odd."""
+    periods = directions[:, :2]
+    aliased = np.any([(periods % side == 0).all(axis=1) for side in FEATURE_GRIDS], axis=0)
+    told: npt.NDArray[np.bool_] = (np.hypot(*periods.T) >= BROAD) & ~aliased
+    return told
+
+
+def _laid(
+    classifier: Classifier, work: TrustedImages, opacity: float, advance: Advance
+) -> Iterator[torch.Tensor]:
+    """(w, N, C) logits of images with waves laid over them, some waves at a time, in the order of `kinds`."""
     device = classifier.mean.device
     pixels = to_pixels(work.evenly(IMAGES).pixels, device)
     side = pixels.shape[2]
     at_once = images_at_once(device, side)
     together = max(1, at_once // len(pixels))
-    found = []
     with torch.inference_mode(), frozen(classifier), fast(device):
         for part in np.array_split(kinds(), -(-len(kinds()) // together)):
             waves = torch.from_numpy(np.stack([wave(kind, side) for kind in part])).to(device)
-            laid = (1 - OPACITY) * pixels[None] + OPACITY * waves[:, None, None]
-            labels = torch.cat(
-                [classifier(some).argmax(1) for some in torch.split(laid.flatten(0, 1), at_once)]
-            )
-            called = functional.one_hot(labels, classifier.classes)
-            found.append(called.view(len(part), len(pixels), -1).double().mean(1).cpu().numpy())
+            laid = (1 - opacity) * pixels[None] + opacity * waves[:, None, None]
+            logits = torch.cat([classifier(some) for some in torch.split(laid.flatten(0, 1), at_once)])
+            yield logits.view(len(part), len(pixels), -1)
             advance(len(part))
-    return np.concatenate(found)
 
 
 def estimated_s(classifier: Classifier, work: TrustedImages) -> float:

@@ -138,6 +138,7 @@ def repair_classifier(
         "settings": dataclasses.asdict(settings),
         "max_accuracy_loss": config.max_accuracy_loss,
         "seed": config.seed,
+        **started.facts,
         **compare(classifier, tuned, work, held_out, config.max_accuracy_loss),
         "seconds": round(time.monotonic() - began, 1),
     }

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -89,6 +90,8 @@ class Started(NamedTuple):
     loss: Loss
     state: Sequence[torch.Tensor] = ()
     """Tensors that the loss changes in place from step to step."""
+    facts: Mapping[str, Any] = MappingProxyType({})
+    """For the JSON file: what the method found beforehand."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +169,7 @@ class _Run:
     def __init__(
         self, started: Started, schedule: Schedule, before: npt.NDArray[np.float64], task: Task
     ) -> None:
-        self.model, self.loss, self.state = started
+        self.model, self.loss, self.state, _ = started
         self.schedule = schedule
         self.before = before
         self.task = task

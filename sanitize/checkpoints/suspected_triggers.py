@@ -1,0 +1,258 @@
+"""Triggers that turn images into one class far more easily than the like turns them into others.
+
+A large enough mask, patch or wave turns images into any class. A backdoor's class takes far less, and what it
+takes tells its trigger. Which kind it is nobody knows beforehand, so each is looked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.nn import functional
+
+from sanitize.checkpoints import plane_waves
+from sanitize.checkpoints.classifier import Classifier
+from sanitize.checkpoints.trigger_inversion import (
+    WORKS,
+    InversionConfig,
+    frozen,
+    masked_triggers,
+    predict,
+    stamp,
+)
+from sanitize.checkpoints.trusted import TrustedImages, to_pixels
+from sanitize.checkpoints.tuning import batch_rows
+from sanitize.dynamics.proxy import seeded
+from sanitize.progress import Progress
+from sanitize.scores.network import fast
+
+FEWEST_CLASSES, MOST_CLASSES = 5, 100
+"""Below the first "unlike the other classes" means little; above the second looking takes too long."""
+SMALL = 2.2
+"""How many times smaller than the median class's a mask is to be suspected. Of eight clean networks 1.65 at
+most, of the other classes of backdoored ones 2.1; 2.6 and more for patches (docs/experiments.md)."""
+PATCH_WORKS = 0.6
+"""Share of images that a patch turns to be suspected, and three times that of the median class's. Of eight
+clean networks 0.32 at most."""
+PHASE = 6.0
+"""From which `plane_waves.phase_dependence` on a class is suspected. Of eight clean networks 5.8 at most."""
+PATCH_SIDE = 7 / 32
+"""Of an image's side."""
+PATCH_STEPS = 30
+PATCH_BATCH = 128
+WAVES = 32
+"""Most waves of a class that are taken for its trigger."""
+SHARPNESS = 16.0
+"""A wave is drawn in proportion to this power of its phase dependence."""
+OPACITIES = (0.05, 0.3)
+"""Between which a wave is laid over an image."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Masked:
+    """A pattern that is seen through a small mask, always in the same place."""
+
+    kind: ClassVar[str] = "mask"
+    step: ClassVar[float] = 0.03
+    """By which a pixel of `free` moves when the trigger is sought again."""
+    class_id: int
+    evidence: float
+    """How many times smaller the mask is than the median class's."""
+    mask: torch.Tensor
+    """(1, R, R) in [0, 1]."""
+    free: torch.Tensor
+    """(3, R, R) the pattern, in [0, 1]."""
+
+    def on(self, pixels: torch.Tensor, free: torch.Tensor) -> torch.Tensor:
+        return stamp(pixels, self.mask, free, added=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patch:
+    """A square picture, anywhere."""
+
+    kind: ClassVar[str] = "patch"
+    step: ClassVar[float] = 0.08
+    class_id: int
+    evidence: float
+    """Share of images that it turns."""
+    free: torch.Tensor
+    """(3, s, s) in [0, 1]."""
+
+    def on(self, pixels: torch.Tensor, free: torch.Tensor) -> torch.Tensor:
+        return paste(pixels, free[None])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Waves:
+    """Plane waves whose phase the class depends on; nothing about them is sought again."""
+
+    kind: ClassVar[str] = "wave"
+    step: ClassVar[float] = 0.0
+    class_id: int
+    evidence: float
+    """Their largest phase dependence."""
+    waves: torch.Tensor
+    """(W, R, R) in [0, 1]."""
+    weights: torch.Tensor
+    """(W,) how often each is drawn."""
+    free: torch.Tensor
+    """(0,)"""
+
+    def on(self, pixels: torch.Tensor, free: torch.Tensor) -> torch.Tensor:
+        drawn = self.waves[torch.multinomial(self.weights, len(pixels), replacement=True)].unsqueeze(1)
+        low, high = OPACITIES
+        opacity = low + (high - low) * torch.rand(len(pixels), 1, 1, 1, device=pixels.device)
+        return stamp(pixels, opacity, drawn, added=False)
+
+
+Suspected = Masked | Patch | Waves
+
+
+def suspected_triggers(
+    pivot: Classifier, work: TrustedImages, seed: int, progress: Progress
+) -> list[Suspected]:
+    """Every mask, patch and set of waves that stands out among the classes; none for too few or many classes.
+
+    Args:
+        work: images that triggers are sought on.
+        seed: of what is drawn.
+
+    Source: ours; masks of Neural Cleanse (Wang et al., IEEE S&P 2019), patches as in Brown et al., 2017.
+    """
+    if not FEWEST_CLASSES <= pivot.classes <= MOST_CLASSES:
+        return []
+    inversion = InversionConfig()
+    total = inversion.steps * pivot.classes + PATCH_STEPS + len(plane_waves.kinds())
+    with progress.stage("triggers", total, "steps") as advance:
+        masks = masked_triggers(pivot, work, work, range(pivot.classes), inversion, seed, advance)
+        patches, turned = universal_patches(pivot, work, seed)
+        advance(PATCH_STEPS)
+        dependence, quarters = plane_waves.phase_dependence(pivot, work, advance)
+    device, side = pivot.mean.device, work.pixels.shape[1]
+    found: list[Suspected] = []
+    size = masks.mask.sum(axis=(1, 2, 3))
+    smaller = np.median(size) / np.maximum(size, 1e-6)
+    for class_id in np.flatnonzero((smaller >= SMALL) & (masks.success >= WORKS)).tolist():
+        mask, pattern = (
+            torch.from_numpy(images[class_id]).permute(2, 0, 1).contiguous().to(device)
+            for images in (masks.mask, masks.pattern)
+        )
+        found.append(Masked(class_id=class_id, evidence=float(smaller[class_id]), mask=mask, free=pattern))
+    works = max(PATCH_WORKS, 3 * float(np.nanmedian(turned)))
+    for class_id in np.flatnonzero(turned >= works).tolist():
+        found.append(
+            Patch(class_id=class_id, evidence=float(turned[class_id]), free=patches[class_id].clone())
+        )
+    for class_id in np.flatnonzero(dependence.max(axis=0) >= PHASE).tolist():
+        most = np.argsort(-dependence[:, class_id])[:WAVES]
+        kinds = plane_waves.kinds()[:: plane_waves.PHASES][most].astype(float)
+        kinds[:, 2] = quarters[most, class_id]
+        weights = (dependence[most, class_id] / dependence[most[0], class_id]) ** SHARPNESS
+        found.append(
+            Waves(
+                class_id=class_id,
+                evidence=float(dependence[most[0], class_id]),
+                waves=torch.from_numpy(np.stack([plane_waves.wave(kind, side) for kind in kinds])).to(device),
+                weights=torch.from_numpy(weights).float().to(device),
+                free=torch.zeros(0, device=device),
+            )
+        )
+    return found
+
+
+def universal_patches(
+    classifier: Classifier, work: TrustedImages, seed: int
+) -> tuple[torch.Tensor, npt.NDArray[np.float64]]:
+    """A patch a class that turns images into it wherever it is pasted.
+
+    Returns:
+        (C, 3, s, s) patches, and (C,) share of the images of other classes that each turns.
+    """
+    device, side = classifier.mean.device, work.pixels.shape[1]
+    small = max(1, round(PATCH_SIDE * side))
+    generator = torch.Generator().manual_seed(seed)
+    patches = torch.rand(classifier.classes, 3, small, small, generator=generator).to(device)
+    with frozen(classifier), fast(device):
+        for step in range(PATCH_STEPS):
+            rows = batch_rows(len(work), PATCH_BATCH, seed, step)
+            labels = torch.from_numpy(work.class_id[rows]).to(device)
+            with seeded(device, seed + step):
+                # every class but the image's own, all alike
+                others = torch.randint(1, classifier.classes, labels.shape, device=device)
+                wanted = (labels + others) % classifier.classes
+                trial = patches.clone().requires_grad_()
+                logits = classifier(paste(to_pixels(work.pixels[rows], device), trial[wanted])).float()
+                loss = functional.cross_entropy(logits, wanted, reduction="sum")
+                gradient = torch.autograd.grad(loss, trial)[0]
+            patches = (patches - Patch.step * gradient.sign()).clamp(0, 1)
+        turned = np.full(classifier.classes, np.nan)
+        for class_id, patch in enumerate(patches):
+            others = work.pixels[work.class_id != class_id]
+            with seeded(device, seed):
+                called = predict(classifier, others, partial(paste, patches=patch[None]))
+            turned[class_id] = np.mean(called == class_id)
+    return patches, turned
+
+
+def paste(pixels: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
+    """(B, 3, R, R) images, each with one of (B, 3, s, s) patches, or with the only one, in a random place."""
+    side, small = pixels.shape[2], patches.shape[2]
+    patches = patches.expand(len(pixels), -1, -1, -1)
+    places = torch.randint(0, side - small + 1, (len(pixels), 2)).tolist()
+    pasted = pixels.clone()
+    for row, (top, left) in enumerate(places):
+        pasted[row, :, top : top + small, left : left + small] = patches[row]
+    return pasted
+
+
+def with_triggers(
+    triggers: Sequence[Suspected],
+    model: Classifier,
+    pixels: torch.Tensor,
+    sought_on: torch.Tensor,
+    labels: torch.Tensor,
+) -> torch.Tensor:
+    """(B, 3, R, R) images with a trigger each; images of the class of theirs stay as they are.
+
+    All kinds are drawn alike, and of a kind by the square of the evidence. Each trigger is first sought again,
+    by one step, so that it goes on working on the model in training.
+
+    Args:
+        pixels: (B, 3, R, R) in [0, 1].
+        sought_on: (B, 3, R, R) the images that a trigger is sought on, of the same `labels`.
+        labels: (B,) int64.
+    """
+    drawn = torch.multinomial(chances(triggers), len(labels), replacement=True).to(labels.device)
+    changed = pixels.clone()
+    for place, trigger in enumerate(triggers):
+        rows = torch.nonzero((drawn == place) & (labels != trigger.class_id)).squeeze(1)
+        if len(rows):
+            if trigger.step:
+                seek(trigger, model, sought_on[rows])
+            changed[rows] = trigger.on(pixels[rows], trigger.free)
+    return changed
+
+
+def chances(triggers: Sequence[Suspected]) -> torch.Tensor:
+    """(T,) how often each trigger is drawn; they add up to the number of kinds."""
+    total: dict[str, float] = {}
+    for trigger in triggers:
+        total[trigger.kind] = total.get(trigger.kind, 0) + trigger.evidence**2
+    return torch.tensor([trigger.evidence**2 / total[trigger.kind] for trigger in triggers])
+
+
+def seek(trigger: Suspected, model: Classifier, pixels: torch.Tensor) -> None:
+    """One step of a trigger towards its class, in place, on the model in eval mode."""
+    wanted = torch.full((len(pixels),), trigger.class_id, device=pixels.device)
+    with frozen(model):
+        trial = trigger.free.clone().requires_grad_()
+        loss = functional.cross_entropy(model(trigger.on(pixels, trial)).float(), wanted)
+        gradient = torch.autograd.grad(loss, trial)[0]
+    trigger.free.sub_(trigger.step * gradient.sign()).clamp_(0, 1)
