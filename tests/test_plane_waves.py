@@ -99,7 +99,7 @@ def test_the_report_shows_the_wave_strong_enough_to_be_seen(
     for module in (inspect_module, audit_module):
         monkeypatch.setattr(module, "WAVES_COUNT", 1.0)
     report = audit(fires_on_a_wave(), images(), config(), tmp_path, "m.pt", Silent(), references=three())
-    assert report.facts["verdict"]["next"][-1]["text"].startswith("A wave over the image outlived every")
+    assert report.facts["verdict"]["next"][-1]["text"].startswith("A wave over the image outlives a repair")
 
 
 def test_what_is_natural_is_taken_off_and_said() -> None:

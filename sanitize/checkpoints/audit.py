@@ -213,8 +213,8 @@ def _next(found: Inspection, given: str, compared: bool) -> list[dict[str, str]]
                 "speaks for a backdoor, the class's natural features speak against it."
             },
             {
-                "text": "A wave over the image outlived every repair that was measured, so do not rely on "
-                "one. If you try, inspect what it wrote in the same way:"
+                "text": "A wave over the image outlives a repair that does not find it: see whether "
+                "suspected_triggers in what it writes names one, and inspect the result in the same way:"
                 if _is_a_wave(found)
                 else "Repair it, then inspect the repaired checkpoint:",
                 "command": f"sanitize repair {given} --out FIXED",

@@ -159,16 +159,16 @@ def unlike_the_references(
 
 
 def as_triggers(
-    classifier: Classifier, held_out: TrustedImages, classes: Sequence[int], rows: npt.NDArray[np.intp]
+    classifier: Classifier, held_out: TrustedImages, classes: Sequence[int], kinds: npt.ArrayLike
 ) -> Triggers:
     """The wave of each class as a trigger: a pattern under a mask that is `OPACITY` everywhere.
 
     Args:
         classes: (K,) outputs of the head.
-        rows: (C,) of `kinds`.
+        kinds: (C, 3) as of `kinds`, of every class of the head; phases need not be whole quarters.
     """
     device, side = classifier.mean.device, held_out.pixels.shape[1]
-    waves = np.stack([wave(kind, side) for kind in kinds()[rows[list(classes)]]])
+    waves = np.stack([wave(kind, side) for kind in np.asarray(kinds)[list(classes)]])
     pattern = torch.from_numpy(waves).to(device)[:, None].expand(-1, 3, -1, -1)
     mask = torch.full_like(pattern[:, :1], OPACITY)
     success, _ = evaluate(classifier, held_out, classes, mask, pattern, added=False)

@@ -37,6 +37,9 @@ FEWEST_CLASSES, MOST_CLASSES = 5, 100
 SMALL = 2.2
 """How many times smaller than the median class's a mask is to be suspected. Of eight clean networks 1.65 at
 most, of the other classes of backdoored ones 2.1; 2.6 and more for patches (docs/experiments.md)."""
+AROUND = 1 / 32
+"""Of an image's side, that a mask is widened by on each side: the smallest mask that works leaves out much of
+the attacker's trigger."""
 PATCH_WORKS = 0.6
 """Share of images that a patch turns to be suspected, and three times that of the median class's. Of eight
 clean networks 0.32 at most."""
@@ -65,7 +68,7 @@ class Masked:
     evidence: float
     """How many times smaller the mask is than the median class's."""
     mask: torch.Tensor
-    """(1, R, R) in [0, 1]."""
+    """(1, R, R) in [0, 1], widened by `AROUND`."""
     free: torch.Tensor
     """(3, R, R) the pattern, in [0, 1]."""
 
@@ -144,7 +147,9 @@ def suspected_triggers(
             torch.from_numpy(images[class_id]).permute(2, 0, 1).contiguous().to(device)
             for images in (masks.mask, masks.pattern)
         )
-        found.append(Masked(class_id=class_id, evidence=float(smaller[class_id]), mask=mask, free=pattern))
+        found.append(
+            Masked(class_id=class_id, evidence=float(smaller[class_id]), mask=widened(mask), free=pattern)
+        )
     works = max(PATCH_WORKS, 3 * float(np.nanmedian(turned)))
     for class_id in np.flatnonzero(turned >= works).tolist():
         found.append(
@@ -165,6 +170,13 @@ def suspected_triggers(
             )
         )
     return found
+
+
+def widened(mask: torch.Tensor) -> torch.Tensor:
+    """(1, R, R) mask of the largest value within `AROUND`."""
+    reach = max(1, round(AROUND * mask.shape[2]))
+    wider: torch.Tensor = functional.max_pool2d(mask[None], 2 * reach + 1, 1, reach)[0]
+    return wider
 
 
 def universal_patches(
@@ -221,8 +233,8 @@ def with_triggers(
 ) -> torch.Tensor:
     """(B, 3, R, R) images with a trigger each; images of the class of theirs stay as they are.
 
-    All kinds are drawn alike, and of a kind by the square of the evidence. Each trigger is first sought again,
-    by one step, so that it goes on working on the model in training.
+    All kinds are drawn alike, and of a kind by the square of the evidence. Each trigger is first sought
+    again, by one step, so that it goes on working on the model in training.
 
     Args:
         pixels: (B, 3, R, R) in [0, 1].

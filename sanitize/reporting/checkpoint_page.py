@@ -34,6 +34,7 @@ NAMES = {
     "alone": "without the references",
     "natural": "natural score",
     "waves": "plane wave",
+    "phase": "phase of a wave",
 }
 MEANING = {
     "universal": "How much more often one small added picture turns held-out images into the class than "
@@ -49,7 +50,9 @@ MEANING = {
     "waves": "How many more trusted images the model calls the class with a plane wave laid over them than "
     "the reference networks do, in units of their spread, for the wave where it is most. Waves of up to 14 "
     "periods an image are tried.",
-    "alone": "The score as it would be if there were no reference networks.",
+    "phase": "How much more the class depends on where a faint plane wave begins than classes usually do, "
+    "for the wave where it is most. Natural texture is the same wherever it begins; a trigger is not.",
+    "alone": "The score as it would be if there were no reference networks, phases of waves aside.",
     "natural": "The mean score of the class in the reference networks, which is taken off the model's.",
 }
 LIMITS = (
@@ -87,7 +90,7 @@ class TriggerPictures:
     """A rebuilt trigger of the suspected class."""
 
     statistic: str
-    """``universal``, ``calibrated``, ``neural-cleanse`` or ``waves``."""
+    """``universal``, ``calibrated``, ``neural-cleanse``, ``phase`` or ``waves``."""
     trigger: Pixels
     """(R, R, 3) on mid grey."""
     magnified: int

@@ -1,0 +1,200 @@
+"""Masks, patches and waves that one class gives away, and what unlearning does with them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import small_models
+import torch
+from test_inspect import CLASSES, SIDE, TARGET, images, model
+from test_plane_waves import WAVE, fires_on_a_wave
+
+from sanitize.checkpoints import plane_waves, suspected_triggers
+from sanitize.checkpoints.classifier import Classifier
+from sanitize.checkpoints.repair import RepairConfig, repair_classifier
+from sanitize.checkpoints.suspected_triggers import (
+    Masked,
+    Patch,
+    Waves,
+    chances,
+    paste,
+    seek,
+    universal_patches,
+    widened,
+    with_triggers,
+)
+from sanitize.progress import Silent
+
+CPU = torch.device("cpu")
+
+
+def suspected(classifier: Classifier) -> list[suspected_triggers.Suspected]:
+    return suspected_triggers.suspected_triggers(classifier, images(40), 0, Silent())
+
+
+def fires_on_a_patch() -> Classifier:
+    """Calls what has one very bright square of 2 × 2, anywhere, the target."""
+
+    class Anywhere(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.columns = model().network.columns
+            self.head = torch.nn.Linear(CLASSES + 1, CLASSES)
+            with torch.no_grad():
+                self.head.weight.zero_()
+                self.head.bias.zero_()
+                self.head.weight[:, :CLASSES] = torch.eye(CLASSES)
+                self.head.weight[TARGET, CLASSES] = 20.0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            brightest = torch.nn.functional.avg_pool2d(x.amin(1, keepdim=True), 2, 1).amax((1, 2, 3))
+            return self.head(
+                torch.cat([self.columns(x).flatten(1)[:, :CLASSES], brightest[:, None] - 0.6], 1)
+            )
+
+    return Classifier(
+        Anywhere(), head="head", resolution=SIDE, mean=[0] * 3, std=[1] * 3, architecture="anywhere"
+    )
+
+
+def masked(class_id: int = TARGET, evidence: float = 4.0) -> Masked:
+    mask = torch.zeros(1, SIDE, SIDE)
+    mask[:, 6:, 6:] = 1
+    return Masked(class_id=class_id, evidence=evidence, mask=mask, free=torch.zeros(3, SIDE, SIDE))
+
+
+def test_the_mask_of_a_corner_is_suspected_of_its_class_alone() -> None:
+    found = [trigger for trigger in suspected(model(backdoor=30.0)) if trigger.kind == "mask"]
+    assert [trigger.class_id for trigger in found] == [TARGET]
+    (trigger,) = found
+    assert isinstance(trigger, Masked)
+    assert trigger.evidence >= suspected_triggers.SMALL
+    assert trigger.mask[0, 6:, 6:].max() > trigger.mask[0, :4, :4].max()
+
+
+def test_no_mask_of_a_network_whose_classes_are_alike_is_suspected() -> None:
+    assert "mask" not in {trigger.kind for trigger in suspected(model())}
+
+
+def test_a_patch_that_works_anywhere_is_suspected_of_its_class_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suspected_triggers, "PATCH_SIDE", 3 / SIDE)
+    patches, turned = universal_patches(fires_on_a_patch(), images(40), 0)
+    assert patches.shape == (CLASSES, 3, 3, 3)
+    assert turned.argmax() == TARGET
+    assert turned[TARGET] > 0.8
+    assert "patch" in {t.kind for t in suspected(fires_on_a_patch()) if t.class_id == TARGET}
+    again, _ = universal_patches(fires_on_a_patch(), images(40), 0)
+    torch.testing.assert_close(again, patches, rtol=0, atol=0)
+
+
+def test_the_phase_tells_the_wave_that_a_network_was_taught() -> None:
+    dependence, quarters = plane_waves.phase_dependence(fires_on_a_wave(), images())
+    assert dependence.shape == quarters.shape == (420, CLASSES)
+    kinds = plane_waves.kinds()[:: plane_waves.PHASES]
+    row = int(dependence[:, TARGET].argmax())
+    # of 8 px, on which waves of 1 and of -7 periods are the same
+    found = plane_waves.wave([*kinds[row, :2], quarters[row, TARGET]], SIDE)
+    assert np.corrcoef(found.ravel(), plane_waves.wave(WAVE, SIDE).ravel())[0, 1] > 0.9
+    told = plane_waves.tells_by_phase(kinds)
+    assert not dependence[~told].any()
+    assert np.square(dependence[told]).mean() == pytest.approx(1)
+
+
+def test_waves_that_any_network_tells_apart_are_left_out() -> None:
+    kinds = np.array([[0, 6, 0], [4, 8, 0], [0, 7, 0], [1, 2, 0], [3, 4, 0]])
+    assert plane_waves.tells_by_phase(kinds).tolist() == [True, False, False, False, True]
+
+
+def test_a_mask_is_widened_by_a_pixel_of_32() -> None:
+    mask = torch.zeros(1, 32, 32)
+    mask[0, 5, 5] = 0.7
+    wide = widened(mask)
+    assert wide[0, 4:7, 4:7].eq(0.7).all()
+    assert wide.sum() == pytest.approx(9 * 0.7)
+    assert widened(torch.nn.functional.pad(mask, (0, 32, 0, 32)))[0, 3:8, 3:8].eq(0.7).all()
+
+
+def test_patches_are_pasted_whole_and_gradients_reach_them() -> None:
+    patch = torch.full((1, 3, 2, 2), 0.5, requires_grad=True)
+    pasted = paste(torch.zeros(6, 3, SIDE, SIDE), patch)
+    assert (pasted == 0.5).flatten(1).sum(1).tolist() == [12] * 6
+    torch.autograd.backward(pasted.sum())
+    assert patch.grad is not None
+    assert patch.grad.eq(6).all()
+
+
+def test_kinds_are_drawn_alike_and_within_a_kind_by_the_square_of_the_evidence() -> None:
+    patch = Patch(class_id=1, evidence=0.9, free=torch.rand(3, 2, 2))
+    found = chances([masked(2, 6.0), masked(3, 3.0), patch])
+    torch.testing.assert_close(found, torch.tensor([0.8, 0.2, 1.0]))
+
+
+def test_a_trigger_goes_on_images_of_other_classes_and_is_sought_again() -> None:
+    trigger = masked()
+    trigger.free.fill_(0.5)
+    pixels = torch.rand(12, 3, SIDE, SIDE)
+    labels = torch.tensor([TARGET, 0, 1] * 4)
+    before = trigger.free.clone()
+    changed = with_triggers([trigger], model(backdoor=0.5), pixels, pixels, labels)
+    own = labels == TARGET
+    torch.testing.assert_close(changed[own], pixels[own], rtol=0, atol=0)
+    assert (changed[~own] != pixels[~own]).any()
+    moved = (trigger.free - before).abs()
+    assert moved.max() == pytest.approx(Masked.step)
+    assert not moved[:, :6, :6].any(), "only what the mask shows is sought"
+
+
+def test_seeking_raises_the_answer_of_the_class() -> None:
+    trigger, classifier = masked(), model(backdoor=0.5)
+    pixels = torch.full((8, 3, SIDE, SIDE), 0.1)
+
+    def answer() -> float:
+        return float(classifier(trigger.on(pixels, trigger.free)).softmax(1)[:, TARGET].mean().detach())
+
+    trigger.free.fill_(0.2)
+    first = answer()
+    for _ in range(10):
+        seek(trigger, classifier, pixels)
+    assert answer() > first
+    assert trigger.free.max() <= 1
+
+
+def test_waves_are_laid_over_at_some_opacity_and_are_not_sought_again() -> None:
+    waves = torch.ones(2, SIDE, SIDE)
+    trigger = Waves(
+        class_id=0, evidence=7.0, waves=waves, weights=torch.tensor([1.0, 0.0]), free=torch.zeros(0)
+    )
+    laid = with_triggers(
+        [trigger],
+        model(),
+        torch.zeros(50, 3, SIDE, SIDE),
+        torch.zeros(50, 3, SIDE, SIDE),
+        torch.ones(50).long(),
+    )
+    opacity = laid.flatten(1).amax(1)
+    low, high = suspected_triggers.OPACITIES
+    assert opacity.min() >= low
+    assert opacity.max() <= high
+    assert opacity.std() > 0.02
+
+
+def test_nothing_is_sought_where_classes_are_too_few_or_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suspected_triggers, "FEWEST_CLASSES", CLASSES + 1)
+    assert suspected(model(backdoor=30.0)) == []
+    monkeypatch.setattr(suspected_triggers, "FEWEST_CLASSES", 2)
+    monkeypatch.setattr(suspected_triggers, "MOST_CLASSES", CLASSES - 1)
+    assert suspected(model(backdoor=30.0)) == []
+
+
+def test_the_repair_says_what_it_unlearned_and_unlearns_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suspected_triggers, "FEWEST_CLASSES", small_models.CLASSES)
+    backdoored = small_models.trained(30)
+    config = RepairConfig(
+        method="pivotal-unlearning", max_accuracy_loss=0.1, settings={"steps": 100, "learning_rate": 0.02}
+    )
+    found = repair_classifier(backdoored, small_models.images(160, 5), config)
+    target = backdoored.label(small_models.TARGET)
+    assert ("mask", target) in {(one["kind"], one["class"]) for one in found.facts["suspected_triggers"]}
+    assert found.facts["repaired"]
+    assert small_models.success(backdoored) > 0.9
+    assert small_models.success(found.classifier) < 0.3
