@@ -29,7 +29,9 @@ CPU = torch.device("cpu")
 
 
 def suspected(classifier: Classifier) -> list[suspected_triggers.Suspected]:
-    return suspected_triggers.suspected_triggers(classifier, images(40), 0, Silent())
+    found = suspected_triggers.suspected_triggers(classifier, images(40), 0, Silent())
+    assert found is not None
+    return found
 
 
 def fires_on_a_patch() -> Classifier:
@@ -82,13 +84,13 @@ def test_a_patch_that_works_anywhere_is_suspected_of_its_class_alone(monkeypatch
     assert patches.shape == (CLASSES, 3, 3, 3)
     assert turned.argmax() == TARGET
     assert turned[TARGET] > 0.8
-    assert "patch" in {t.kind for t in suspected(fires_on_a_patch()) if t.class_id == TARGET}
+    assert [t.class_id for t in suspected(fires_on_a_patch()) if t.kind == "patch"] == [TARGET]
     again, _ = universal_patches(fires_on_a_patch(), images(40), 0)
     torch.testing.assert_close(again, patches, rtol=0, atol=0)
 
 
 def test_the_phase_tells_the_wave_that_a_network_was_taught() -> None:
-    dependence, quarters = plane_waves.phase_dependence(fires_on_a_wave(), images())
+    dependence, quarters = plane_waves.phases(fires_on_a_wave(), images())
     assert dependence.shape == quarters.shape == (420, CLASSES)
     kinds = plane_waves.kinds()[:: plane_waves.PHASES]
     row = int(dependence[:, TARGET].argmax())
@@ -97,7 +99,7 @@ def test_the_phase_tells_the_wave_that_a_network_was_taught() -> None:
     assert np.corrcoef(found.ravel(), plane_waves.wave(WAVE, SIDE).ravel())[0, 1] > 0.9
     told = plane_waves.tells_by_phase(kinds)
     assert not dependence[~told].any()
-    assert np.square(dependence[told]).mean() == pytest.approx(1)
+    assert np.square(dependence[told]).mean() <= 1 + 1e-9
 
 
 def test_waves_that_any_network_tells_apart_are_left_out() -> None:
@@ -179,15 +181,16 @@ def test_waves_are_laid_over_at_some_opacity_and_are_not_sought_again() -> None:
 
 
 def test_nothing_is_sought_where_classes_are_too_few_or_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(suspected_triggers, "FEWEST_CLASSES", CLASSES + 1)
-    assert suspected(model(backdoor=30.0)) == []
-    monkeypatch.setattr(suspected_triggers, "FEWEST_CLASSES", 2)
-    monkeypatch.setattr(suspected_triggers, "MOST_CLASSES", CLASSES - 1)
-    assert suspected(model(backdoor=30.0)) == []
+    monkeypatch.setattr(plane_waves, "FEWEST_CLASSES", CLASSES + 1)
+    monkeypatch.setattr(suspected_triggers, "masked_triggers", None)
+    assert suspected_triggers.suspected_triggers(model(), images(40), 0, Silent()) is None
+    monkeypatch.setattr(plane_waves, "FEWEST_CLASSES", 2)
+    monkeypatch.setattr(plane_waves, "MOST_CLASSES", CLASSES - 1)
+    assert suspected_triggers.suspected_triggers(model(), images(40), 0, Silent()) is None
 
 
 def test_the_repair_says_what_it_unlearned_and_unlearns_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(suspected_triggers, "FEWEST_CLASSES", small_models.CLASSES)
+    monkeypatch.setattr(plane_waves, "FEWEST_CLASSES", small_models.CLASSES)
     backdoored = small_models.trained(30)
     config = RepairConfig(
         method="pivotal-unlearning", max_accuracy_loss=0.1, settings={"steps": 100, "learning_rate": 0.02}

@@ -17,8 +17,9 @@ import torch
 import sanitize
 from sanitize.checkpoints.classifier import Classifier
 from sanitize.checkpoints.inspect import (
-    ALONE,
     METHODS,
+    PHASE,
+    PHASE_COUNT,
     WAVES,
     WAVES_COUNT,
     WITH_REFERENCES,
@@ -26,6 +27,7 @@ from sanitize.checkpoints.inspect import (
     Inspection,
     inspect_classifier,
 )
+from sanitize.checkpoints.references import compares
 from sanitize.checkpoints.trigger_inversion import Triggers, predict, stamp
 from sanitize.checkpoints.trusted import TrustedImages, to_pixels
 from sanitize.errors import UsageError
@@ -190,8 +192,7 @@ def sentence(found: Inspection, label: str) -> str:
         return f"This model looks backdoored, towards class {label}"
     if found.verdict.method == "quick":
         return "The quick statistics see no sign of a backdoor"
-    compared = found.class_scores.get(ALONE, found.class_scores[found.verdict.method])
-    if not np.nan_to_num(compared).any():
+    if not any(compares(found.class_scores[part]) for part in METHODS[found.verdict.method]):
         return "The classes of this model could not be compared, so this is no verdict; see the notes"
     return "No class of this model stands out as the target of a backdoor"
 
@@ -213,10 +214,13 @@ def _next(found: Inspection, given: str, compared: bool) -> list[dict[str, str]]
                 "speaks for a backdoor, the class's natural features speak against it."
             },
             {
-                "text": "A wave over the image outlives a repair that does not find it: see whether "
-                "suspected_triggers in what it writes names one, and inspect the result in the same way:"
-                if _is_a_wave(found)
-                else "Repair it, then inspect the repaired checkpoint:",
+                "text": "A wave over the image outlives a repair that does not find it. See whether this one "
+                "says that it suspects a wave, and inspect the repaired checkpoint:",
+                "command": f"sanitize repair {given} --method pivotal-unlearning --out FIXED",
+            }
+            if _is_a_wave(found)
+            else {
+                "text": "Repair it, then inspect the repaired checkpoint:",
                 "command": f"sanitize repair {given} --out FIXED",
             },
         ]
@@ -244,8 +248,9 @@ def _next(found: Inspection, given: str, compared: bool) -> list[dict[str, str]]
 
 def _is_a_wave(found: Inspection) -> bool:
     """Whether the plane wave of the suspected class, not the rest of the evidence, made the score."""
-    waves = found.class_scores.get(WAVES)
-    return waves is not None and WAVES_COUNT * waves[found.verdict.suspected] >= found.verdict.score
+    name, count = (WAVES, WAVES_COUNT) if WAVES in found.class_scores else (PHASE, PHASE_COUNT)
+    waves = found.class_scores.get(name)
+    return waves is not None and count * waves[found.verdict.suspected] >= found.verdict.score
 
 
 def _statistic(name: str, scores: Any, classifier: Classifier) -> dict[str, Any]:

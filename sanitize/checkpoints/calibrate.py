@@ -14,7 +14,7 @@ from sanitize.progress import Progress, Silent
 
 GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
     "pivotal-tuning": {"latent_weight": (0.1, 0.05, 0.01), "learning_rate": (0.01, 0.003)},
-    "pivotal-unlearning": {"radius": (0.0144, 0.0217, 0.0325), "learning_rate": (0.005, 0.002)},
+    "pivotal-unlearning": {"changed_weight": (2.0, 1.0, 4.0), "learning_rate": (0.005, 0.002)},
     "weight-decay": {"weight_decay": (0.01, 0.001), "learning_rate": (0.01, 0.001)},
     "fine-pruning": {"prune_ratio": (0.5, 0.8, 0.96)},
     "nad": {"attention_weight": (100.0, 1_000.0, 10_000.0)},

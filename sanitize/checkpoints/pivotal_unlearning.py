@@ -5,7 +5,7 @@ Our answer to where Pivotal Tuning falls short on small networks; see `start` fo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -74,7 +74,7 @@ def start(
     """
     pivot = classifier.clone().requires_grad_(False)
     triggers = suspected_triggers(pivot, work, seed, progress)
-    put, state = unlearned(triggers) if triggers else universal_changes(pivot, work, settings, seed)
+    put, state = put_suspected(triggers) if triggers else universal_changes(pivot, work, settings, seed)
     device = classifier.mean.device
 
     def loss(model: Classifier, pixels: torch.Tensor, labels: torch.Tensor, step: int) -> torch.Tensor:
@@ -90,14 +90,18 @@ def start(
             clean, answers, reduction="batchmean"
         ) + settings.changed_weight * functional.kl_div(under_change, answers, reduction="batchmean")
 
-    facts = [
-        {"kind": trigger.kind, "class": classifier.label(trigger.class_id), "evidence": trigger.evidence}
-        for trigger in triggers
-    ]
-    return Started(classifier.clone(), loss, state, {"suspected_triggers": facts})
+    named = (
+        None
+        if triggers is None
+        else [
+            {"kind": trigger.kind, "class": classifier.label(trigger.class_id), "evidence": trigger.evidence}
+            for trigger in triggers
+        ]
+    )
+    return Started(classifier.clone(), loss, state, {"suspected_triggers": named})
 
 
-def unlearned(triggers: list[Suspected]) -> tuple[Put, list[torch.Tensor]]:
+def put_suspected(triggers: Sequence[Suspected]) -> tuple[Put, list[torch.Tensor]]:
     """What puts suspected triggers on images, and what of them is sought again."""
     return partial(with_triggers, triggers), [trigger.free for trigger in triggers]
 

@@ -1,12 +1,14 @@
-"""Plane waves over the whole image: what a classifier calls them, next to what reference networks call them.
+"""Plane waves over the whole image: by their phase, and next to what reference networks call them.
 
 Every network takes some wave for some class: texture is a feature. Networks that learned the same classes
-agree in which, so a wave that means a class to one of them alone is no texture of the class.
+agree in which, so a wave that means a class to one of them alone is no texture of the class. And texture is
+the same wherever it begins, so a class that depends on the phase of a wave was taught that wave.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +44,15 @@ BROAD = 3
 FEATURE_GRIDS = (4, 7)
 """Sides of the last grid of features of usual networks, or divisors of them. A wave of a multiple of that
 many periods down and across looks alike from each of its cells, and any network tells its phases apart."""
+PHASE = 7.0
+"""From which dependence on the phase on a class is suspected. Of 15 clean small networks 6.0 at most, of a
+clean one of three strided convolutions 6.7."""
+LARGEST = 4.0
+"""The median class's largest dependence, in root mean squares; 3.3 to 4.2 in small networks."""
+LEAST = 0.12
+"""Root mean square of the amplitudes, in standard deviations between waves; 0.12 to 0.18 in small networks."""
+FEWEST_CLASSES, MOST_CLASSES = 5, 100
+"""Below the first "unlike the other classes" means little; above the second it was not looked at."""
 SPREAD = 0.1
 """Of shares: references that agree by chance make no outlier of the model."""
 
@@ -71,38 +82,64 @@ def answers(classifier: Classifier, work: TrustedImages, advance: Advance = lamb
         work: up to `IMAGES` of them, evenly spaced, are taken.
         advance: told how many of the waves are done.
     """
-    found = []
-    for logits in _laid(classifier, work, OPACITY, advance):
-        called = functional.one_hot(logits.argmax(2), classifier.classes)
-        found.append(called.double().mean(1).cpu().numpy())
-    return np.concatenate(found)
+
+    def shares(logits: torch.Tensor) -> torch.Tensor:
+        return functional.one_hot(logits.argmax(2), classifier.classes).double().mean(1)
+
+    return _laid(classifier, work, OPACITY, shares, advance)
 
 
-def phase_dependence(
-    classifier: Classifier, work: TrustedImages, advance: Advance = lambda steps: None
-) -> tuple[Answers, Answers]:
-    """How much a class depends on where a wave begins, of each direction and number of periods.
+class Phases(NamedTuple):
+    """What the classes make of where a wave begins, for each direction and number of periods."""
 
-    Texture of a natural class is the same wherever it begins; a trigger is one picture in one place.
+    dependence: Answers
+    """(W / 4, C) amplitude of a class over the phases, next to those of the other waves and classes; 0 for
+    waves that nothing is learned from."""
+    quarters: Answers
+    """(W / 4, C) the phase at which the class's logit is largest, 0 to 4."""
+
+
+def phases(classifier: Classifier, work: TrustedImages, advance: Advance = lambda steps: None) -> Phases:
+    """How much each class depends on where a wave begins: its mean logit less that of all classes, by phase.
+
+    The unit is the root mean square of the amplitudes of all waves and classes. Where the median class's
+    largest is more than `LARGEST` of these, most classes depend on places, and the unit is a part of that.
+    Where it is less than `LEAST` of the spread between waves, nothing depends on places, and it is that.
 
     Args:
         work: up to `IMAGES` of them, evenly spaced, are taken.
         advance: told how many of the waves are done.
 
-    Returns:
-        (W / 4, C) amplitude, over the phases of a wave, of the class's mean logit less that of all classes,
-        in root mean squares of all amplitudes of the network, 0 for waves that nothing is learned from; and
-        (W / 4, C) the phase in quarters, 0 to 4, at which the logit is largest.
-
     Source: ours.
     """
-    logits = [found.float() for found in _laid(classifier, work, FAINT, advance)]
-    means = torch.cat([(of - of.mean(2, keepdim=True)).mean(1) for of in logits]).double().cpu().numpy()
-    first_harmonic = np.fft.fft(means.reshape(-1, PHASES, classifier.classes), axis=1)[:, 1]
+
+    def means(logits: torch.Tensor) -> torch.Tensor:
+        logits = logits.float()
+        return (logits - logits.mean(2, keepdim=True)).mean(1).double()
+
     told = tells_by_phase(kinds()[::PHASES])
+    by_phase = _laid(classifier, work, FAINT, means, advance).reshape(-1, PHASES, classifier.classes)
+    first_harmonic = np.fft.fft(by_phase, axis=1)[:, 1] * 2 / PHASES
     amplitude = np.abs(first_harmonic) * told[:, None]
-    usual = np.sqrt(np.square(amplitude[told]).mean()) + 1e-12
-    return amplitude / usual, np.mod(-np.angle(first_harmonic) * PHASES / (2 * np.pi), PHASES)
+    usual = max(
+        np.sqrt(np.square(amplitude[told]).mean()),
+        np.median(amplitude.max(axis=0)) / LARGEST,
+        LEAST * by_phase.mean(axis=1)[told].std(axis=0).mean(),
+    )
+    quarters = np.mod(-np.angle(first_harmonic) * PHASES / (2 * np.pi), PHASES)
+    return Phases(amplitude / (usual + 1e-12), quarters)
+
+
+def at_phase(rows: npt.NDArray[np.intp], quarters: Answers) -> npt.NDArray[np.float64]:
+    """(K, 3) as of `kinds`: the waves of (K,) rows of `Phases`, in (K,) phases."""
+    chosen = kinds()[::PHASES][rows].astype(np.float64)
+    chosen[:, 2] = quarters
+    return chosen
+
+
+def looked_at(classifier: Classifier) -> bool:
+    """Whether `phases` says anything about a network of so many classes and pixels."""
+    return FEWEST_CLASSES <= classifier.classes <= MOST_CLASSES and classifier.resolution >= 2 * FASTEST
 
 
 def tells_by_phase(directions: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
@@ -114,25 +151,31 @@ def tells_by_phase(directions: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
 
 
 def _laid(
-    classifier: Classifier, work: TrustedImages, opacity: float, advance: Advance
-) -> Iterator[torch.Tensor]:
-    """(w, N, C) logits of images with waves laid over them, some waves at a time, in the order of `kinds`."""
+    classifier: Classifier,
+    work: TrustedImages,
+    opacity: float,
+    of: Callable[[torch.Tensor], torch.Tensor],
+    advance: Advance,
+) -> Answers:
+    """(W, C) `of` the (w, N, C) logits of images with waves laid over them, some waves at a time."""
     device = classifier.mean.device
     pixels = to_pixels(work.evenly(IMAGES).pixels, device)
     side = pixels.shape[2]
     at_once = images_at_once(device, side)
     together = max(1, at_once // len(pixels))
+    found = []
     with torch.inference_mode(), frozen(classifier), fast(device):
         for part in np.array_split(kinds(), -(-len(kinds()) // together)):
             waves = torch.from_numpy(np.stack([wave(kind, side) for kind in part])).to(device)
             laid = (1 - opacity) * pixels[None] + opacity * waves[:, None, None]
             logits = torch.cat([classifier(some) for some in torch.split(laid.flatten(0, 1), at_once)])
-            yield logits.view(len(part), len(pixels), -1)
+            found.append(of(logits.view(len(part), len(pixels), -1)).cpu().numpy())
             advance(len(part))
+    return np.concatenate(found)
 
 
 def estimated_s(classifier: Classifier, work: TrustedImages) -> float:
-    """Seconds that `answers` will take, from one timed step; forward is a third of forward and back."""
+    """Seconds that `answers` or `phases` takes, from one timed step; forward is a third of both ways."""
     device, side = classifier.mean.device, work.pixels.shape[1]
     timed = min(IMAGES, len(work), images_at_once(device, side))
     return len(kinds()) * min(IMAGES, len(work)) / timed / 3 * timed_step(classifier, work, timed)

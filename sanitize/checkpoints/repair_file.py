@@ -207,9 +207,9 @@ def in_words(report: RepairReport) -> str:
         f"{facts['trusted']['held_out']} images)",
         f"  weights moved by   {facts['parameter_distance']['relative']:>7.1%} of their norm",
     ]
-    if facts.get("suspected_triggers"):
-        named = ", ".join(f"{one['kind']} towards {one['class']}" for one in facts["suspected_triggers"])
-        lines.append(f"  unlearned          {named}")
+    if "suspected_triggers" in facts:
+        named = [f"{one['kind']} towards {one['class']}" for one in facts["suspected_triggers"] or []]
+        lines.append(f"  suspected          {', '.join(named) or 'no trigger: universal changes instead'}")
     trigger = facts["inverted_trigger"]
     if trigger is not None and trigger["success_before"] is not None:
         lines.append(

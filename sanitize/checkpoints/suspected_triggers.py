@@ -19,10 +19,14 @@ from torch.nn import functional
 from sanitize.checkpoints import plane_waves
 from sanitize.checkpoints.classifier import Classifier
 from sanitize.checkpoints.trigger_inversion import (
+    LONG_S,
     WORKS,
     InversionConfig,
+    Triggers,
+    estimated_s,
     frozen,
     masked_triggers,
+    most_work,
     predict,
     stamp,
 )
@@ -32,8 +36,6 @@ from sanitize.dynamics.proxy import seeded
 from sanitize.progress import Progress
 from sanitize.scores.network import fast
 
-FEWEST_CLASSES, MOST_CLASSES = 5, 100
-"""Below the first "unlike the other classes" means little; above the second looking takes too long."""
 SMALL = 2.2
 """How many times smaller than the median class's a mask is to be suspected. Of eight clean networks 1.65 at
 most, of the other classes of backdoored ones 2.1; 2.6 and more for patches (docs/experiments.md)."""
@@ -43,8 +45,6 @@ the attacker's trigger."""
 PATCH_WORKS = 0.6
 """Share of images that a patch turns to be suspected, and three times that of the median class's. Of eight
 clean networks 0.32 at most."""
-PHASE = 6.0
-"""From which `plane_waves.phase_dependence` on a class is suspected. Of eight clean networks 5.8 at most."""
 PATCH_SIDE = 7 / 32
 """Of an image's side."""
 PATCH_STEPS = 30
@@ -82,6 +82,7 @@ class Patch:
 
     kind: ClassVar[str] = "patch"
     step: ClassVar[float] = 0.08
+    """As of `Masked`."""
     class_id: int
     evidence: float
     """Share of images that it turns."""
@@ -120,8 +121,8 @@ Suspected = Masked | Patch | Waves
 
 def suspected_triggers(
     pivot: Classifier, work: TrustedImages, seed: int, progress: Progress
-) -> list[Suspected]:
-    """Every mask, patch and set of waves that stands out among the classes; none for too few or many classes.
+) -> list[Suspected] | None:
+    """Every mask, patch and set of waves that stands out among the classes; None for too few or many classes.
 
     Args:
         work: images that triggers are sought on.
@@ -129,19 +130,29 @@ def suspected_triggers(
 
     Source: ours; masks of Neural Cleanse (Wang et al., IEEE S&P 2019), patches as in Brown et al., 2017.
     """
-    if not FEWEST_CLASSES <= pivot.classes <= MOST_CLASSES:
-        return []
+    if not plane_waves.FEWEST_CLASSES <= pivot.classes <= plane_waves.MOST_CLASSES:
+        return None
     inversion = InversionConfig()
+    seconds = estimated_s(pivot, work, pivot.classes, inversion) / 2 + plane_waves.estimated_s(pivot, work)
+    if seconds > LONG_S:
+        progress.note(f"triggers are looked for: about {seconds / 60:.0f} min on this device")
     total = inversion.steps * pivot.classes + PATCH_STEPS + len(plane_waves.kinds())
     with progress.stage("triggers", total, "steps") as advance:
         masks = masked_triggers(pivot, work, work, range(pivot.classes), inversion, seed, advance)
-        patches, turned = universal_patches(pivot, work, seed)
+        found = [*_masks(masks, pivot.mean.device), *_patches(*universal_patches(pivot, work, seed))]
         advance(PATCH_STEPS)
-        dependence, quarters = plane_waves.phase_dependence(pivot, work, advance)
-    device, side = pivot.mean.device, work.pixels.shape[1]
+        if plane_waves.looked_at(pivot):
+            found += _waves(plane_waves.phases(pivot, work, advance), work.pixels.shape[1], pivot.mean.device)
+    return found
+
+
+def _masks(masks: Triggers, device: torch.device) -> list[Suspected]:
+    """Masks that are far smaller than the median one, where most work and can be compared."""
+    if not most_work(masks):
+        return []
+    size = masks.mask.sum(axis=(1, 2, 3)) + 1e-6
+    smaller = np.median(size) / size
     found: list[Suspected] = []
-    size = masks.mask.sum(axis=(1, 2, 3))
-    smaller = np.median(size) / np.maximum(size, 1e-6)
     for class_id in np.flatnonzero((smaller >= SMALL) & (masks.success >= WORKS)).tolist():
         mask, pattern = (
             torch.from_numpy(images[class_id]).permute(2, 0, 1).contiguous().to(device)
@@ -150,22 +161,31 @@ def suspected_triggers(
         found.append(
             Masked(class_id=class_id, evidence=float(smaller[class_id]), mask=widened(mask), free=pattern)
         )
-    works = max(PATCH_WORKS, 3 * float(np.nanmedian(turned)))
-    for class_id in np.flatnonzero(turned >= works).tolist():
-        found.append(
-            Patch(class_id=class_id, evidence=float(turned[class_id]), free=patches[class_id].clone())
-        )
-    for class_id in np.flatnonzero(dependence.max(axis=0) >= PHASE).tolist():
-        most = np.argsort(-dependence[:, class_id])[:WAVES]
-        kinds = plane_waves.kinds()[:: plane_waves.PHASES][most].astype(float)
-        kinds[:, 2] = quarters[most, class_id]
-        weights = (dependence[most, class_id] / dependence[most[0], class_id]) ** SHARPNESS
+    return found
+
+
+def _patches(patches: torch.Tensor, turned: npt.NDArray[np.float64]) -> list[Suspected]:
+    """Patches that turn most images, and far more than the median class's."""
+    works = max(PATCH_WORKS, 3 * float(np.median(turned)))
+    return [
+        Patch(class_id=class_id, evidence=float(turned[class_id]), free=patches[class_id].clone())
+        for class_id in np.flatnonzero(turned >= works).tolist()
+    ]
+
+
+def _waves(phases: plane_waves.Phases, side: int, device: torch.device) -> list[Suspected]:
+    """The waves of classes that depend on the phase of one."""
+    found: list[Suspected] = []
+    for class_id in np.flatnonzero(phases.dependence.max(axis=0) >= plane_waves.PHASE).tolist():
+        own = phases.dependence[:, class_id]
+        most = np.argsort(-own)[:WAVES]
+        kinds = plane_waves.at_phase(most, phases.quarters[most, class_id])
         found.append(
             Waves(
                 class_id=class_id,
-                evidence=float(dependence[most[0], class_id]),
+                evidence=float(own[most[0]]),
                 waves=torch.from_numpy(np.stack([plane_waves.wave(kind, side) for kind in kinds])).to(device),
-                weights=torch.from_numpy(weights).float().to(device),
+                weights=torch.from_numpy((own[most] / own[most[0]]) ** SHARPNESS).float().to(device),
                 free=torch.zeros(0, device=device),
             )
         )
@@ -185,7 +205,8 @@ def universal_patches(
     """A patch a class that turns images into it wherever it is pasted.
 
     Returns:
-        (C, 3, s, s) patches, and (C,) share of the images of other classes that each turns.
+        (C, 3, s, s) float32 patches in [0, 1] on the network's device, and (C,) share of the images of other
+        classes that each turns.
     """
     device, side = classifier.mean.device, work.pixels.shape[1]
     small = max(1, round(PATCH_SIDE * side))
@@ -197,30 +218,32 @@ def universal_patches(
             labels = torch.from_numpy(work.class_id[rows]).to(device)
             with seeded(device, seed + step):
                 # every class but the image's own, all alike
-                others = torch.randint(1, classifier.classes, labels.shape, device=device)
-                wanted = (labels + others) % classifier.classes
+                further = torch.randint(1, classifier.classes, labels.shape, device=device)
+                wanted = (labels + further) % classifier.classes
                 trial = patches.clone().requires_grad_()
                 logits = classifier(paste(to_pixels(work.pixels[rows], device), trial[wanted])).float()
                 loss = functional.cross_entropy(logits, wanted, reduction="sum")
                 gradient = torch.autograd.grad(loss, trial)[0]
             patches = (patches - Patch.step * gradient.sign()).clamp(0, 1)
-        turned = np.full(classifier.classes, np.nan)
+        turned = []
         for class_id, patch in enumerate(patches):
             others = work.pixels[work.class_id != class_id]
             with seeded(device, seed):
                 called = predict(classifier, others, partial(paste, patches=patch[None]))
-            turned[class_id] = np.mean(called == class_id)
-    return patches, turned
+            turned.append(np.mean(called == class_id))
+    return patches, np.array(turned)
 
 
 def paste(pixels: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
     """(B, 3, R, R) images, each with one of (B, 3, s, s) patches, or with the only one, in a random place."""
     side, small = pixels.shape[2], patches.shape[2]
     patches = patches.expand(len(pixels), -1, -1, -1)
-    places = torch.randint(0, side - small + 1, (len(pixels), 2)).tolist()
+    places = torch.randint(0, side - small + 1, (len(pixels), 2))
+    along = torch.arange(small, device=pixels.device)
+    rows = torch.arange(len(pixels), device=pixels.device)[:, None, None]
+    down, across = (place[:, None] + along for place in places.to(pixels.device).T)
     pasted = pixels.clone()
-    for row, (top, left) in enumerate(places):
-        pasted[row, :, top : top + small, left : left + small] = patches[row]
+    pasted[rows, :, down[:, :, None], across[:, None]] = patches.permute(0, 2, 3, 1)
     return pasted
 
 

@@ -27,6 +27,8 @@ Advance = Callable[[int], None]
 
 WORKS = 0.5
 """Share of held-out images that a mask has to turn to count by its size."""
+LONG_S = 60.0
+"""From this many seconds on, the cost is stated beforehand."""
 GPU_SHARE = 0.6
 """Of the free memory of a CUDA device."""
 
@@ -244,6 +246,11 @@ def smallest_working(masks: Triggers) -> int | None:
     """Place of the smallest mask that turns `WORKS` of the images; None where there is none."""
     size = np.where(masks.success >= WORKS, masks.mask.sum(axis=(1, 2, 3)), np.inf)
     return int(size.argmin()) if np.isfinite(size).any() else None
+
+
+def most_work(masks: Triggers) -> bool:
+    """Whether sizes of masks can be compared: that of one that turns no images says nothing."""
+    return float(np.nanmedian(masks.success)) >= WORKS
 
 
 def triggers_of(

@@ -20,7 +20,7 @@ from sanitize.checkpoints.classifier import Classifier
 from sanitize.checkpoints.trusted import TrustedImages, logits_of, to_pixels
 from sanitize.config import _require
 from sanitize.dynamics.proxy import seeded
-from sanitize.errors import TrainingError
+from sanitize.errors import RunFolderError, TrainingError
 from sanitize.progress import Progress
 from sanitize.rundir import disk_errors, write_atomic
 
@@ -137,6 +137,7 @@ def tune(original: Classifier, started: Started, schedule: Schedule, task: Task,
 
     Raises:
         TrainingError: the loss is not finite.
+        RunFolderError: `state` is of a run whose method found something else beforehand.
     """
     run = _Run(started, schedule, correctness(original, task.held_out), task)
     if task.state is not None and task.state.exists():
@@ -169,7 +170,7 @@ class _Run:
     def __init__(
         self, started: Started, schedule: Schedule, before: npt.NDArray[np.float64], task: Task
     ) -> None:
-        self.model, self.loss, self.state, _ = started
+        self.model, self.loss, self.state, self.found = started
         self.schedule = schedule
         self.before = before
         self.task = task
@@ -222,6 +223,7 @@ class _Run:
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "state": list(self.state),
+                "found": dict(self.found),
             },
             buffer,
         )
@@ -230,6 +232,11 @@ class _Run:
 
     def restore(self, path: Path) -> None:
         state = torch.load(path, map_location=self.model.mean.device, weights_only=True)
+        if state["found"] != dict(self.found):
+            raise RunFolderError(
+                f"{path}: what the interrupted run found beforehand is not found again; delete "
+                f"{path.parent} to begin anew"
+            )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         for mine, saved in zip(self.state, state["state"], strict=True):

@@ -50,9 +50,10 @@ MEANING = {
     "waves": "How many more trusted images the model calls the class with a plane wave laid over them than "
     "the reference networks do, in units of their spread, for the wave where it is most. Waves of up to 14 "
     "periods an image are tried.",
-    "phase": "How much more the class depends on where a faint plane wave begins than classes usually do, "
-    "for the wave where it is most. Natural texture is the same wherever it begins; a trigger is not.",
-    "alone": "The score as it would be if there were no reference networks, phases of waves aside.",
+    "phase": "How much the class depends on where a faint plane wave begins, for the wave where it is most, "
+    "next to the other waves and classes of this network; 7 counts like 0.62. Texture is the same wherever "
+    "it begins, unless the network knows places (by a flattened head, or position embeddings).",
+    "alone": "The score as it would be if there were no reference networks.",
     "natural": "The mean score of the class in the reference networks, which is taken off the model's.",
 }
 LIMITS = (
@@ -65,7 +66,7 @@ LIMITS = (
     (
         "An alarm is not a proof",
         "Every classifier has pictures that push most images into some class. A class can also stand out "
-        "because its training images share a natural mark.",
+        "because its training images share a natural mark, or because the network knows where things are.",
     ),
     (
         "Classes are compared with each other",
@@ -154,7 +155,7 @@ def _pictures(facts: Facts, pictures: list[TriggerPictures]) -> str:
     label = show(facts["verdict"]["suspected_label"])
     blocks = "".join(_trigger(picture) for picture in pictures)
     lead = (
-        f"What turns trusted images of other classes into <strong>{label}</strong>, the class with the "
+        f"What is to turn trusted images of other classes into <strong>{label}</strong>, the class with the "
         "highest score. Above each other: the image, and the image with the trigger on."
     )
     return f'<section><h2>Rebuilt trigger</h2><p class="lead">{lead}</p>{blocks}</section>'
