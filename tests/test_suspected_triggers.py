@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import small_models
 import torch
-from test_inspect import CLASSES, SIDE, TARGET, images, model
+from report_page import Page
+from test_inspect import CLASSES, SIDE, TARGET, config, images, model
 from test_plane_waves import WAVE, fires_on_a_wave
 
-from sanitize.checkpoints import plane_waves, suspected_triggers
+from sanitize.checkpoints import audit as audit_module
+from sanitize.checkpoints import plane_waves, suspected_triggers, tuning
+from sanitize.checkpoints.audit import audit
 from sanitize.checkpoints.classifier import Classifier
 from sanitize.checkpoints.repair import RepairConfig, repair_classifier
 from sanitize.checkpoints.suspected_triggers import (
@@ -23,6 +29,7 @@ from sanitize.checkpoints.suspected_triggers import (
     widened,
     with_triggers,
 )
+from sanitize.errors import RunFolderError
 from sanitize.progress import Silent
 
 CPU = torch.device("cpu")
@@ -100,6 +107,79 @@ def test_the_phase_tells_the_wave_that_a_network_was_taught() -> None:
     told = plane_waves.tells_by_phase(kinds)
     assert not dependence[~told].any()
     assert np.square(dependence[told]).mean() <= 1 + 1e-9
+
+
+def test_phases_count_in_an_inspection_and_the_report_shows_the_wave(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plane_waves, "looked_at", lambda classifier: True)
+    monkeypatch.setattr(plane_waves, "LARGEST", 100.0)  # of a network of 8 px all of which knows places
+    report = audit(fires_on_a_wave(), images(), config(), tmp_path, "m.pt", Silent())
+    scores = {name: np.array(values) for name, values in scores_of(report.facts).items()}
+    parts = np.mean([scores[name] - np.median(scores[name]) for name in ("mask-size", "universal")], axis=0)
+    expected = np.maximum(parts, scores["phase"] * 0.62 / plane_waves.PHASE)
+    np.testing.assert_allclose(scores["combined"], expected)
+    assert scores["phase"].argmax() == TARGET
+    assert "phase of a wave" in Page(report.path.read_text()).text
+    assert len(report.facts["triggers"]["phase"]) == CLASSES
+    monkeypatch.setattr(audit_module, "PHASE_COUNT", 1e3)
+    report = audit(fires_on_a_wave(), images(), config(), tmp_path, "m.pt", Silent())
+    assert "--method pivotal-unlearning" in report.facts["verdict"]["next"][-1]["command"]
+
+
+def scores_of(facts: dict[str, Any]) -> dict[str, list[float]]:
+    """Statistic -> one value a class."""
+    return {name: [one["scores"][name] for one in facts["classes"]] for name in facts["classes"][0]["scores"]}
+
+
+def test_networks_of_few_classes_or_pixels_are_not_looked_at_by_phase() -> None:
+    assert not plane_waves.looked_at(model()), "waves of 14 periods do not fit into 8 px"
+    small = model()
+    small.resolution = 32
+    assert plane_waves.looked_at(small)
+    few = Classifier(
+        small_models.network(2), head="8", resolution=32, mean=[0] * 3, std=[1] * 3, architecture="two"
+    )
+    assert not plane_waves.looked_at(few), "the logits of two classes mirror each other"
+
+
+@pytest.mark.parametrize(("name", "huge"), [("LARGEST", 1e-3), ("LEAST", 1e3)])
+def test_where_all_or_nothing_depends_on_places_no_class_stands_out(
+    name: str, huge: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = plane_waves.phases(fires_on_a_wave(), images()).dependence
+    monkeypatch.setattr(plane_waves, name, huge)
+    after = plane_waves.phases(fires_on_a_wave(), images()).dependence
+    assert after.max() < before.max() / 10
+
+
+def test_an_interrupted_repair_that_would_go_on_with_other_triggers_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plane_waves, "FEWEST_CLASSES", small_models.CLASSES)
+    monkeypatch.setattr(tuning, "SAVE_EVERY", 1)
+    model_, trusted = small_models.trained(30), small_models.images(160, 5)
+    settings = {"steps": 20, "measure_every": 5}
+    config_ = RepairConfig(method="pivotal-unlearning", max_accuracy_loss=0.5, settings=settings)
+    whole = repair_classifier(model_, trusted, config_)
+    assert whole.facts["suspected_triggers"]
+    real = tuning.take_step
+
+    def killed(*given: Any) -> torch.Tensor:
+        if given[-1] == 12:
+            raise KeyboardInterrupt
+        return real(*given)
+
+    monkeypatch.setattr(tuning, "take_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        repair_classifier(model_, trusted, config_, state=tmp_path / "state.pt")
+    monkeypatch.setattr(tuning, "take_step", real)
+    rest = repair_classifier(model_, trusted, config_, state=tmp_path / "state.pt")
+    for name, value in rest.classifier.state_dict().items():
+        torch.testing.assert_close(value, whole.classifier.state_dict()[name], rtol=0, atol=0)
+    monkeypatch.setattr(suspected_triggers, "SMALL", 1e9)
+    with pytest.raises(RunFolderError, match="what the interrupted run found beforehand is not found again"):
+        repair_classifier(model_, trusted, config_, state=tmp_path / "state.pt")
 
 
 def test_waves_that_any_network_tells_apart_are_left_out() -> None:

@@ -50,7 +50,7 @@ clean one of three strided convolutions 6.7."""
 LARGEST = 4.0
 """The median class's largest dependence, in root mean squares; 3.3 to 4.2 in small networks."""
 LEAST = 0.12
-"""Root mean square of the amplitudes, in standard deviations between waves; 0.12 to 0.18 in small networks."""
+"""Root mean square of the amplitudes in standard deviations between waves; 0.12 to 0.18 in small networks."""
 FEWEST_CLASSES, MOST_CLASSES = 5, 100
 """Below the first "unlike the other classes" means little; above the second it was not looked at."""
 SPREAD = 0.1
