@@ -1,9 +1,10 @@
 """Is this classifier backdoored, towards which class, and with what trigger: `sanitize inspect`.
 
 The story: cheap statistics that need no images come first. Then triggers are rebuilt for the classes asked
-for, for calibrated trigger inversion against a repaired copy of the model. Each statistic gives every class
-an anomaly. Where there are reference networks, what the class has in them is natural and taken off. The
-largest anomaly of the method's is the model's score, which a threshold turns into a verdict.
+for, for calibrated trigger inversion against a repaired copy of the model, and for the default plane waves
+are laid over images. Each statistic gives every class an anomaly. Where there are reference networks, what
+the class has in them is natural and taken off. The largest anomaly of the method's is the model's score,
+which a threshold turns into a verdict.
 """
 
 from __future__ import annotations
