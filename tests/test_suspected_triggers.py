@@ -231,7 +231,7 @@ def test_seeking_raises_the_answer_of_the_class() -> None:
     pixels = torch.full((8, 3, SIDE, SIDE), 0.1)
 
     def answer() -> float:
-        return float(classifier(trigger.on(pixels, trigger.free)).softmax(1)[:, TARGET].mean().detach())
+        return float(classifier(trigger.on(pixels)).softmax(1)[:, TARGET].mean().detach())
 
     trigger.free.fill_(0.2)
     first = answer()
@@ -243,9 +243,7 @@ def test_seeking_raises_the_answer_of_the_class() -> None:
 
 def test_waves_are_laid_over_at_some_opacity_and_are_not_sought_again() -> None:
     waves = torch.ones(2, SIDE, SIDE)
-    trigger = Waves(
-        class_id=0, evidence=7.0, waves=waves, weights=torch.tensor([1.0, 0.0]), free=torch.zeros(0)
-    )
+    trigger = Waves(class_id=0, evidence=7.0, waves=waves, weights=torch.tensor([1.0, 0.0]))
     laid = with_triggers(
         [trigger],
         model(),

@@ -315,9 +315,7 @@ def _picture(
 ) -> TriggerPictures:
     strongest = float(triggers.mask[place].max())
     added = strongest == 0
-    mask, pattern = (
-        torch.from_numpy(values[place]).permute(2, 0, 1) for values in (triggers.mask, triggers.pattern)
-    )
+    mask, pattern = triggers.tensors(place, torch.device("cpu"))
     grey = torch.full((1, *pattern.shape), 0.5)
     # what is added, or laid over the whole image, is often too faint to see
     magnified = max(1, int(0.5 / max(float(pattern.abs().max()), 1e-3) if added else 1 / strongest))

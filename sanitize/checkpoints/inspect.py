@@ -20,6 +20,7 @@ import numpy.typing as npt
 from sanitize.checkpoints import plane_waves
 from sanitize.checkpoints.classifier import Classifier
 from sanitize.checkpoints.pivotal_tuning import start
+from sanitize.checkpoints.plane_waves import FEWEST_CLASSES
 from sanitize.checkpoints.quick_statistics import head_indicators, largest_margins, margins_s, robust_z
 from sanitize.checkpoints.references import (
     FEWEST,
@@ -76,8 +77,6 @@ REPAIR_WEAK = 0.1
 """Accuracy lost in the internal repair from which on the report calls the comparison weak."""
 MOST_MARGINS = 100
 """Classes up to which margins are looked at where nothing asks for them; 1,000 take a million passes."""
-FEWEST_CLASSES = 5
-"""Below this many, "unlike the other classes" means little."""
 COMMON = (0.1, 0.9)
 """Success of the median class's universal change between which the classes can be compared."""
 FEWEST_HELD_OUT, FEWEST_TRUSTED = 60, 200

@@ -50,11 +50,7 @@ def start(
             "--method neural-cleanse: no rebuilt trigger turns half of the images into its class, so "
             "there is none to unlearn; take another --method"
         )
-    device = classifier.mean.device
-    mask, pattern = (
-        torch.from_numpy(images[smallest]).permute(2, 0, 1).to(device)
-        for images in (triggers.mask, triggers.pattern)
-    )
+    mask, pattern = triggers.tensors(smallest, classifier.mean.device)
 
     def loss(model: Classifier, pixels: torch.Tensor, labels: torch.Tensor, step: int) -> torch.Tensor:
         if step % 2 == 0:

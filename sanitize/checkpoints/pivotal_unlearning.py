@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 
 from sanitize.checkpoints.classifier import Classifier
-from sanitize.checkpoints.suspected_triggers import Suspected, suspected_triggers, with_triggers
+from sanitize.checkpoints.suspected_triggers import Sought, Suspected, suspected_triggers, with_triggers
 from sanitize.checkpoints.trigger_inversion import evaluate
 from sanitize.checkpoints.trusted import TrustedImages, to_pixels
 from sanitize.checkpoints.tuning import Schedule, Started, batch_rows
@@ -104,7 +104,7 @@ def start(
 
 def put_suspected(triggers: Sequence[Suspected]) -> tuple[Put, list[torch.Tensor]]:
     """What puts suspected triggers on images, and what of them is sought again."""
-    return partial(with_triggers, triggers), [trigger.free for trigger in triggers]
+    return partial(with_triggers, triggers), [one.free for one in triggers if isinstance(one, Sought)]
 
 
 def universal_changes(

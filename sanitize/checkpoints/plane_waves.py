@@ -73,6 +73,11 @@ def wave(kind: npt.ArrayLike, side: int) -> npt.NDArray[np.float32]:
     )
 
 
+def pictures(kinds: npt.ArrayLike, side: int, device: torch.device) -> torch.Tensor:
+    """(K, R, R) float32, the `wave` of each of (K, 3) kinds."""
+    return torch.from_numpy(np.stack([wave(kind, side) for kind in np.asarray(kinds)])).to(device)
+
+
 def answers(classifier: Classifier, work: TrustedImages, advance: Advance = lambda steps: None) -> Answers:
     """(W, C) share of images that a network calls each class, with each of the waves on.
 
@@ -166,7 +171,7 @@ def _laid(
     found = []
     with torch.inference_mode(), frozen(classifier), fast(device):
         for part in np.array_split(kinds(), -(-len(kinds()) // together)):
-            waves = torch.from_numpy(np.stack([wave(kind, side) for kind in part])).to(device)
+            waves = pictures(part, side, device)
             laid = (1 - opacity) * pixels[None] + opacity * waves[:, None, None]
             logits = torch.cat([classifier(some) for some in torch.split(laid.flatten(0, 1), at_once)])
             found.append(of(logits.view(len(part), len(pixels), -1)).cpu().numpy())
@@ -211,8 +216,8 @@ def as_triggers(
         kinds: (C, 3) as of `kinds`, of every class of the head; phases need not be whole quarters.
     """
     device, side = classifier.mean.device, held_out.pixels.shape[1]
-    waves = np.stack([wave(kind, side) for kind in np.asarray(kinds)[list(classes)]])
-    pattern = torch.from_numpy(waves).to(device)[:, None].expand(-1, 3, -1, -1)
+    waves = pictures(np.asarray(kinds)[list(classes)], side, device)
+    pattern = waves[:, None].expand(-1, 3, -1, -1)
     mask = torch.full_like(pattern[:, :1], OPACITY)
     success, _ = evaluate(classifier, held_out, classes, mask, pattern, added=False)
     return triggers_of(classes, mask, pattern, success)

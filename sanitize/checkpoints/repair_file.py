@@ -169,11 +169,8 @@ def inverted_trigger(
     smallest = smallest_working(triggers)
     if smallest is None:
         smallest = int(np.nanargmax(triggers.success))
-    mask, pattern = (
-        torch.from_numpy(images[[smallest]]).permute(0, 3, 1, 2).to(original.mean.device)
-        for images in (triggers.mask, triggers.pattern)
-    )
-    after, _ = evaluate(found.classifier, held_out, [smallest], mask, pattern, added=False)
+    mask, pattern = triggers.tensors(smallest, original.mean.device)
+    after, _ = evaluate(found.classifier, held_out, [smallest], mask[None], pattern[None], added=False)
     return {
         "class": original.label(smallest),
         "success_before": _number(triggers.success[smallest]),

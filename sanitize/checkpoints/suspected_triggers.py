@@ -7,7 +7,7 @@ takes tells its trigger. Which kind it is nobody knows beforehand, so each is lo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
 
@@ -72,8 +72,9 @@ class Masked:
     free: torch.Tensor
     """(3, R, R) the pattern, in [0, 1]."""
 
-    def on(self, pixels: torch.Tensor, free: torch.Tensor) -> torch.Tensor:
-        return stamp(pixels, self.mask, free, added=False)
+    def on(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(B, 3, R, R) images with the trigger."""
+        return stamp(pixels, self.mask, self.free, added=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +90,9 @@ class Patch:
     free: torch.Tensor
     """(3, s, s) in [0, 1]."""
 
-    def on(self, pixels: torch.Tensor, free: torch.Tensor) -> torch.Tensor:
-        return paste(pixels, free[None])
+    def on(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(B, 3, R, R) images with the trigger."""
+        return paste(pixels, self.free[None])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +100,6 @@ class Waves:
     """Plane waves whose phase the class depends on; nothing about them is sought again."""
 
     kind: ClassVar[str] = "wave"
-    step: ClassVar[float] = 0.0
     class_id: int
     evidence: float
     """Their largest phase dependence."""
@@ -106,17 +107,17 @@ class Waves:
     """(W, R, R) in [0, 1]."""
     weights: torch.Tensor
     """(W,) how often each is drawn."""
-    free: torch.Tensor
-    """(0,)"""
 
-    def on(self, pixels: torch.Tensor, free: torch.Tensor) -> torch.Tensor:
+    def on(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(B, 3, R, R) images with the trigger."""
         drawn = self.waves[torch.multinomial(self.weights, len(pixels), replacement=True)].unsqueeze(1)
         low, high = OPACITIES
         opacity = low + (high - low) * torch.rand(len(pixels), 1, 1, 1, device=pixels.device)
         return stamp(pixels, opacity, drawn, added=False)
 
 
-Suspected = Masked | Patch | Waves
+Sought = Masked | Patch
+Suspected = Sought | Waves
 
 
 def suspected_triggers(
@@ -154,10 +155,7 @@ def _masks(masks: Triggers, device: torch.device) -> list[Suspected]:
     smaller = np.median(size) / size
     found: list[Suspected] = []
     for class_id in np.flatnonzero((smaller >= SMALL) & (masks.success >= WORKS)).tolist():
-        mask, pattern = (
-            torch.from_numpy(images[class_id]).permute(2, 0, 1).contiguous().to(device)
-            for images in (masks.mask, masks.pattern)
-        )
+        mask, pattern = masks.tensors(class_id, device)
         found.append(
             Masked(class_id=class_id, evidence=float(smaller[class_id]), mask=widened(mask), free=pattern)
         )
@@ -184,9 +182,8 @@ def _waves(phases: plane_waves.Phases, side: int, device: torch.device) -> list[
             Waves(
                 class_id=class_id,
                 evidence=float(own[most[0]]),
-                waves=torch.from_numpy(np.stack([plane_waves.wave(kind, side) for kind in kinds])).to(device),
+                waves=plane_waves.pictures(kinds, side, device),
                 weights=torch.from_numpy((own[most] / own[most[0]]) ** SHARPNESS).float().to(device),
-                free=torch.zeros(0, device=device),
             )
         )
     return found
@@ -256,8 +253,8 @@ def with_triggers(
 ) -> torch.Tensor:
     """(B, 3, R, R) images with a trigger each; images of the class of theirs stay as they are.
 
-    All kinds are drawn alike, and of a kind by the square of the evidence. Each trigger is first sought
-    again, by one step, so that it goes on working on the model in training.
+    All kinds are drawn alike, and of a kind by the square of the evidence. All but waves are first sought
+    again, by one step, so that they go on working on the model in training.
 
     Args:
         pixels: (B, 3, R, R) in [0, 1].
@@ -269,9 +266,9 @@ def with_triggers(
     for place, trigger in enumerate(triggers):
         rows = torch.nonzero((drawn == place) & (labels != trigger.class_id)).squeeze(1)
         if len(rows):
-            if trigger.step:
+            if isinstance(trigger, Sought):
                 seek(trigger, model, sought_on[rows])
-            changed[rows] = trigger.on(pixels[rows], trigger.free)
+            changed[rows] = trigger.on(pixels[rows])
     return changed
 
 
@@ -283,11 +280,11 @@ def chances(triggers: Sequence[Suspected]) -> torch.Tensor:
     return torch.tensor([trigger.evidence**2 / total[trigger.kind] for trigger in triggers])
 
 
-def seek(trigger: Suspected, model: Classifier, pixels: torch.Tensor) -> None:
+def seek(trigger: Sought, model: Classifier, pixels: torch.Tensor) -> None:
     """One step of a trigger towards its class, in place, on the model in eval mode."""
     wanted = torch.full((len(pixels),), trigger.class_id, device=pixels.device)
     with frozen(model):
         trial = trigger.free.clone().requires_grad_()
-        loss = functional.cross_entropy(model(trigger.on(pixels, trial)).float(), wanted)
+        loss = functional.cross_entropy(model(replace(trigger, free=trial).on(pixels)).float(), wanted)
         gradient = torch.autograd.grad(loss, trial)[0]
     trigger.free.sub_(trigger.step * gradient.sign()).clamp_(0, 1)

@@ -64,6 +64,14 @@ class Triggers:
     repaired_kept: npt.NDArray[np.float32] | None = None
     """(K,) share of images whose class the repaired copy still gets right with the trigger on."""
 
+    def tensors(self, place: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """(1, R, R) mask and (3, R, R) pattern of one of them, as `stamp` takes them."""
+        mask, pattern = (
+            torch.from_numpy(images[place]).permute(2, 0, 1).contiguous().to(device)
+            for images in (self.mask, self.pattern)
+        )
+        return mask, pattern
+
 
 def stamp(pixels: torch.Tensor, mask: torch.Tensor, pattern: torch.Tensor, added: bool) -> torch.Tensor:
     """Put a trigger on images.

@@ -170,7 +170,8 @@ class _Run:
     def __init__(
         self, started: Started, schedule: Schedule, before: npt.NDArray[np.float64], task: Task
     ) -> None:
-        self.model, self.loss, self.state, self.found = started
+        self.model, self.loss, self.state, facts = started
+        self.found = dict(facts)
         self.schedule = schedule
         self.before = before
         self.task = task
@@ -223,7 +224,7 @@ class _Run:
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "state": list(self.state),
-                "found": dict(self.found),
+                "found": self.found,
             },
             buffer,
         )
@@ -232,7 +233,7 @@ class _Run:
 
     def restore(self, path: Path) -> None:
         state = torch.load(path, map_location=self.model.mean.device, weights_only=True)
-        if state["found"] != dict(self.found):
+        if state["found"] != self.found:
             raise RunFolderError(
                 f"{path}: what the interrupted run found beforehand is not found again; delete "
                 f"{path.parent} to begin anew"
