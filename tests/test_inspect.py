@@ -14,6 +14,7 @@ from report_page import Page
 from torch import nn
 
 from sanitize.checkpoints import inspect as inspect_module
+from sanitize.checkpoints.anomalies import anomalies
 from sanitize.checkpoints.audit import _picture, audit
 from sanitize.checkpoints.classifier import Classifier
 from sanitize.checkpoints.inspect import InspectConfig, inspect_classifier, parse_classes
@@ -388,7 +389,7 @@ def test_a_mask_that_turns_nothing_is_no_small_mask() -> None:
         pattern=np.zeros((6, SIDE, SIDE, 3), np.float32),
         success=np.array([1, 1, 1, 0.1, 1, 1], np.float32),
     )
-    found = inspect_module._anomalies({"neural-cleanse": made}, 6, images=40)
+    found = anomalies({"neural-cleanse": made}, 6, images=40)
     assert found["mask-size"].argmax() != 3
     assert found["mask-size"][3] == found["mask-size"].min()
 
@@ -408,10 +409,10 @@ def rebuilt(success: list[float], size: list[int]) -> Triggers:
 
 def test_masks_of_which_most_do_not_work_say_nothing() -> None:
     sizes = [9, 4, 8, 10, 9]
-    few = inspect_module._anomalies({"neural-cleanse": rebuilt([0.3, 0.9, 0.4, 0.6, 0.2], sizes)}, 5, 100)
+    few = anomalies({"neural-cleanse": rebuilt([0.3, 0.9, 0.4, 0.6, 0.2], sizes)}, 5, 100)
     assert not few["mask-size"].any()
     assert not few["neural-cleanse"].any()
-    most = inspect_module._anomalies({"neural-cleanse": rebuilt([0.9, 0.9, 0.4, 0.6, 0.6], sizes)}, 5, 100)
+    most = anomalies({"neural-cleanse": rebuilt([0.9, 0.9, 0.4, 0.6, 0.6], sizes)}, 5, 100)
     assert most["mask-size"].argmax() == 1
     assert most["mask-size"][2] < 0, "its mask does not work, so that it counts as the whole image"
 
@@ -422,7 +423,7 @@ def test_masks_of_which_most_do_not_work_say_nothing() -> None:
 )
 def test_universal_changes_without_a_common_norm_say_nothing(success: list[float], says: bool) -> None:
     made = {"universal": rebuilt(success, [1] * 4)}
-    found = inspect_module._anomalies(made, 4, 100)["universal"]
+    found = anomalies(made, 4, 100)["universal"]
     assert found.any() == says
     notes = inspect_module._notes(model(), images(), images(), made, 0.9, None)
     assert any("count as 0 in the score" in note for note in notes) != says

@@ -10,8 +10,8 @@ import pytest
 import torch
 from test_inspect import CLASSES, SIDE, TARGET, config, images, model
 
-from sanitize.checkpoints import inspect as inspect_module
 from sanitize.checkpoints import universal_changes
+from sanitize.checkpoints.anomalies import anomalies
 from sanitize.checkpoints.inspect import inspect_classifier
 from sanitize.checkpoints.trigger_inversion import Triggers, evaluate
 from sanitize.checkpoints.trusted import split
@@ -115,6 +115,6 @@ def test_success_on_all_images_or_none_has_finite_log_odds() -> None:
         pattern=np.zeros((3, SIDE, SIDE, 3), np.float32),
         success=np.array([1, 0.5, 0], np.float32),
     )
-    scores = inspect_module._anomalies({"universal": made}, 4, images=50)["universal"]
+    scores = anomalies({"universal": made}, 4, images=50)["universal"]
     np.testing.assert_allclose(scores[:3], [np.log(99), 0, -np.log(99)])
     assert np.isnan(scores[3])

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 import sanitize
+from sanitize.checkpoints.anomalies import compares
 from sanitize.checkpoints.classifier import Classifier
 from sanitize.checkpoints.inspect import (
     METHODS,
@@ -27,7 +28,6 @@ from sanitize.checkpoints.inspect import (
     Inspection,
     inspect_classifier,
 )
-from sanitize.checkpoints.references import compares
 from sanitize.checkpoints.trigger_inversion import Triggers, predict, stamp
 from sanitize.checkpoints.trusted import TrustedImages, to_pixels
 from sanitize.errors import UsageError

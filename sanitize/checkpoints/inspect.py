@@ -15,18 +15,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-import numpy.typing as npt
 
 from sanitize.checkpoints import plane_waves
+from sanitize.checkpoints.anomalies import Scores, anomalies, at_a_common_norm, centred, compares
 from sanitize.checkpoints.classifier import Classifier
 from sanitize.checkpoints.pivotal_tuning import start
 from sanitize.checkpoints.plane_waves import FEWEST_CLASSES
 from sanitize.checkpoints.quick_statistics import head_indicators, largest_margins, margins_s, robust_z
 from sanitize.checkpoints.references import (
     FEWEST,
-    centred,
     check_references,
-    compares,
     doubts,
     natural_scores,
 )
@@ -47,8 +45,6 @@ from sanitize.checkpoints.universal_changes import comparable_changes, steps_of
 from sanitize.config import _require
 from sanitize.errors import InputError, UsageError
 from sanitize.progress import Progress, Silent
-
-Scores = npt.NDArray[np.float64]
 
 METHODS = {
     "combined": ("mask-size", "universal"),
@@ -77,8 +73,6 @@ REPAIR_WEAK = 0.1
 """Accuracy lost in the internal repair from which on the report calls the comparison weak."""
 MOST_MARGINS = 100
 """Classes up to which margins are looked at where nothing asks for them; 1,000 take a million passes."""
-COMMON = (0.1, 0.9)
-"""Success of the median class's universal change between which the classes can be compared."""
 FEWEST_HELD_OUT, FEWEST_TRUSTED = 60, 200
 """Below so many held-out images shares are too coarse to compare classes by; so many trusted ones do."""
 COMPARING = ("combined", "universal-changes", "neural-cleanse")
@@ -239,7 +233,7 @@ def inspect_classifier(
             triggers, repaired_accuracy = _rebuilt(
                 classifier, work, held_out, classes, config, seconds, progress
             )
-            found |= _anomalies(triggers, classifier.classes, len(held_out))
+            found |= anomalies(triggers, classifier.classes, len(held_out))
             if _takes_phases(config, classifier):
                 found[PHASE], triggers[PHASE] = _phases(
                     classifier, work, held_out, classes, seconds, progress
@@ -413,7 +407,7 @@ def _compared(
         for name, reference in references.items():
             progress.note(f"reference {name}")
             triggers, _ = _rebuilt(reference, work, held_out, classes, config, {}, progress)
-            statistics.append(_anomalies(triggers, reference.classes, len(held_out)))
+            statistics.append(anomalies(triggers, reference.classes, len(held_out)))
             waves.append(_wave_answers(reference, work, progress))
     apart, rows = plane_waves.unlike_the_references(own, waves)
     compared = {
@@ -486,50 +480,6 @@ def _repaired(
     task = Task(work=work, held_out=held_out, max_accuracy_loss=1.0, seed=config.seed)
     started = start(classifier, work, replace(settings, schedule=schedule), config.seed, progress)
     return tune(classifier, started, schedule, task, progress).model
-
-
-def _anomalies(triggers: dict[str, Triggers], classes: int, images: int) -> dict[str, Scores]:
-    """(C,) statistics of rebuilt triggers, NaN for classes that none was rebuilt for.
-
-    ``neural-cleanse``: the anomaly index of Wang et al., by `robust_z` of the mask's size below the median.
-    ``mask-size``: how many times smaller than the median mask, as log2. The index divides by the spread of
-    ten or so sizes; where these happen to agree, the class with the easiest natural trigger is an outlier.
-    Both are 0 for all where most masks do not work: there is nothing to compare with.
-
-    ``universal``: log-odds of the success of a change of the common norm, less their median; success is kept
-    half an image of `images` away from none and all. 0 for all where there was no such norm (`COMMON`): next
-    to none and all the log-odds of any class may be anything.
-
-    ``calibrated``: success on the model minus success on the repaired copy, in [-1, 1]. The source is
-    ambiguous here: algorithm 4, line 13, subtracts the accuracy that the repaired model keeps, which would
-    give a perfect trigger 1 - 1 = 0; the text has "the difference in the success rates". Kept accuracy is
-    reported beside it.
-    """
-    found: dict[str, Scores] = {}
-    for name, made in triggers.items():
-        if name == "neural-cleanse":
-            size = made.mask.sum(axis=(1, 2, 3), dtype=np.float64) + 1e-9
-            if most_work(made):
-                size[made.success < WORKS] = made.mask[0].size  # what turns no images is not a small mask
-            else:
-                size[:] = 1.0
-            own = {"neural-cleanse": robust_z(-size), "mask-size": np.log2(np.median(size) / size)}
-        elif name == "universal":
-            bound = 0.5 / images
-            rate = np.clip(made.success.astype(np.float64), bound, 1 - bound)
-            log_odds = np.log(rate / (1 - rate))
-            own = {"universal": (log_odds - np.nanmedian(log_odds)) * _at_a_common_norm(made)}
-        else:
-            assert made.repaired_success is not None
-            own = {"calibrated": (made.success - made.repaired_success).astype(np.float64)}
-        for statistic, values in own.items():
-            found[statistic] = np.full(classes, np.nan)
-            found[statistic][made.classes] = values
-    return found
-
-
-def _at_a_common_norm(changes: Triggers) -> bool:
-    return COMMON[0] <= float(np.nanmedian(changes.success)) <= COMMON[1]
 
 
 def _chosen(
@@ -673,7 +623,7 @@ def _notes(
             f"Masks for most classes turn less than {WORKS:.0%} of the images into them: their sizes say "
             "nothing and count as 0 in the score."
         )
-    if changes is not None and not _at_a_common_norm(changes):
+    if changes is not None and not at_a_common_norm(changes):
         notes.append(
             "No norm was found at which added pictures turn about 40 % of the images into the median class "
             f"(here {float(np.nanmedian(changes.success)):.0%}): universal changes say nothing and "

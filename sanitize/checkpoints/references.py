@@ -8,17 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from sanitize.checkpoints.anomalies import Scores, centred, compares
 from sanitize.checkpoints.classifier import Classifier
 from sanitize.checkpoints.load import LoadConfig, load_classifier, settled
 from sanitize.checkpoints.repair import check, parameter_distance
 from sanitize.checkpoints.trusted import TrustedImages
 from sanitize.checkpoints.tuning import accuracy
 from sanitize.errors import InputError, SanitizeError, UsageError
-
-Scores = npt.NDArray[np.float64]
 
 RELATED = 0.5
 """Distance of the parameters, in norms of the checkpoint's, below which one network descends from the other:
@@ -166,14 +164,3 @@ def natural_scores(
         means.append(np.mean(known, axis=0) if enough else 0 * own[part])
     natural: Scores = np.mean(means, axis=0)
     return natural
-
-
-def centred(values: Scores) -> Scores:
-    """Less their median."""
-    found: Scores = values - np.nanmedian(values)
-    return found
-
-
-def compares(values: Scores) -> bool:
-    """Whether a statistic had something to compare with."""
-    return bool(np.nan_to_num(values).any())
