@@ -19,6 +19,7 @@ from sanitize.checkpoints.audit import audit
 from sanitize.checkpoints.classifier import Classifier
 from sanitize.checkpoints.repair import RepairConfig, repair_classifier
 from sanitize.checkpoints.suspected_triggers import (
+    Added,
     Masked,
     Patch,
     Waves,
@@ -33,10 +34,11 @@ from sanitize.errors import RunFolderError
 from sanitize.progress import Silent
 
 CPU = torch.device("cpu")
+NORM = 2.0
 
 
 def suspected(classifier: Classifier) -> list[suspected_triggers.Suspected]:
-    found = suspected_triggers.suspected_triggers(classifier, images(40), 0, Silent())
+    found = suspected_triggers.suspected_triggers(classifier, images(40), NORM, 0, Silent())
     assert found is not None
     return found
 
@@ -85,13 +87,67 @@ def test_no_mask_of_a_network_whose_classes_are_alike_is_suspected() -> None:
     assert "mask" not in {trigger.kind for trigger in suspected(model())}
 
 
+def test_the_change_of_a_class_is_suspected_where_its_mask_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suspected_triggers, "SMALL", 1e9)
+    (trigger,) = (one for one in suspected(model(backdoor=30.0)) if one.kind in ("mask", "change"))
+    assert isinstance(trigger, Added)
+    assert trigger.class_id == TARGET
+    assert trigger.evidence >= suspected_triggers.UNLIKE
+    assert "change" not in {one.kind for one in suspected(model())}
+
+
+def test_a_change_is_sought_within_its_norm() -> None:
+    trigger = Added(class_id=TARGET, evidence=1.0, free=torch.zeros(3, SIDE, SIDE), norm=NORM)
+    for _ in range(9):
+        seek(trigger, model(backdoor=0.5), torch.full((8, 3, SIDE, SIDE), 0.4))
+    assert trigger.free.norm() == pytest.approx(NORM, rel=1e-4)
+    pixels = torch.full((2, 3, SIDE, SIDE), 0.5)
+    torch.testing.assert_close(trigger.on(pixels), (pixels + trigger.free).clamp(0, 1))
+
+
+def test_half_of_the_images_get_the_mirror_image_of_a_mask() -> None:
+    trigger = masked()
+    trigger.free[0, 6:, 6:] = torch.tensor([[0.2, 0.4], [0.6, 0.8]])
+    shown = trigger.on(torch.ones(200, 3, SIDE, SIDE))
+    straight = (shown[:, 0, 6:, 6:] == trigger.free[0, 6:, 6:]).flatten(1).all(1)
+    mirrored = (shown[:, 0, 6:, :2] == trigger.free[0, 6:, 6:].flip(1)).flatten(1).all(1)
+    assert (straight ^ mirrored).all()
+    assert 60 < straight.sum() < 140
+
+
+def test_several_patches_go_on_an_image_at_once() -> None:
+    patches = torch.stack([torch.full((3, 2, 2), 0.25), torch.full((3, 2, 2), 0.75)])
+    trigger = Patch(class_id=TARGET, evidence=1.0, free=patches)
+    seen = torch.cat([trigger.on(torch.zeros(40, 3, SIDE, SIDE)) for _ in range(20)])[:, 0].flatten(1)
+    assert set(seen.unique().tolist()) == {0.0, 0.25, 0.75}
+    covered = (seen > 0).sum(1)
+    assert covered.min() == 4
+    assert covered.max() == 8
+    assert ((seen == 0.25).any(1) & (seen == 0.75).any(1)).any()
+
+
+def test_a_wave_that_is_far_ahead_of_the_next_classs_is_suspected() -> None:
+    def of(*largest: float) -> list[int]:
+        dependence = np.full((len(plane_waves.kinds()) // plane_waves.PHASES, len(largest)), 1.0)
+        dependence[7] = largest
+        phases = plane_waves.Phases(dependence, np.zeros_like(dependence))
+        return [one.class_id for one in suspected_triggers._waves(phases, 32, CPU)]
+
+    assert of(3, 4.8, 6.9, 4, 4) == [2]
+    assert of(3, 5.5, 6.9, 4, 4) == [], "not far ahead"
+    assert of(3, 4, 5.9, 3, 3) == [], "far ahead, of little"
+    assert of(7.1, 4, 7.2, 3, 3) == [0, 2]
+
+
 def test_a_patch_that_works_anywhere_is_suspected_of_its_class_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suspected_triggers, "PATCH_SIDE", 3 / SIDE)
     patches, turned = universal_patches(fires_on_a_patch(), images(40), 0)
     assert patches.shape == (CLASSES, 3, 3, 3)
     assert turned.argmax() == TARGET
     assert turned[TARGET] > 0.8
-    assert [t.class_id for t in suspected(fires_on_a_patch()) if t.kind == "patch"] == [TARGET]
+    (trigger,) = (one for one in suspected(fires_on_a_patch()) if isinstance(one, Patch))
+    assert trigger.class_id == TARGET
+    assert trigger.free.shape == (suspected_triggers.PATCHES, 3, 3, 3)
     again, _ = universal_patches(fires_on_a_patch(), images(40), 0)
     torch.testing.assert_close(again, patches, rtol=0, atol=0)
 
@@ -178,6 +234,7 @@ def test_an_interrupted_repair_that_would_go_on_with_other_triggers_is_refused(
     for name, value in rest.classifier.state_dict().items():
         torch.testing.assert_close(value, whole.classifier.state_dict()[name], rtol=0, atol=0)
     monkeypatch.setattr(suspected_triggers, "SMALL", 1e9)
+    monkeypatch.setattr(suspected_triggers, "UNLIKE", 1e9)
     with pytest.raises(RunFolderError, match="what the interrupted run found beforehand is not found again"):
         repair_classifier(model_, trusted, config_, state=tmp_path / "state.pt")
 
@@ -206,7 +263,7 @@ def test_patches_are_pasted_whole_and_gradients_reach_them() -> None:
 
 
 def test_kinds_are_drawn_alike_and_within_a_kind_by_the_square_of_the_evidence() -> None:
-    patch = Patch(class_id=1, evidence=0.9, free=torch.rand(3, 2, 2))
+    patch = Patch(class_id=1, evidence=0.9, free=torch.rand(1, 3, 2, 2))
     found = chances([masked(2, 6.0), masked(3, 3.0), patch])
     torch.testing.assert_close(found, torch.tensor([0.8, 0.2, 1.0]))
 
@@ -261,10 +318,10 @@ def test_waves_are_laid_over_at_some_opacity_and_are_not_sought_again() -> None:
 def test_nothing_is_sought_where_classes_are_too_few_or_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plane_waves, "FEWEST_CLASSES", CLASSES + 1)
     monkeypatch.setattr(suspected_triggers, "masked_triggers", None)
-    assert suspected_triggers.suspected_triggers(model(), images(40), 0, Silent()) is None
+    assert suspected_triggers.suspected_triggers(model(), images(40), NORM, 0, Silent()) is None
     monkeypatch.setattr(plane_waves, "FEWEST_CLASSES", 2)
     monkeypatch.setattr(plane_waves, "MOST_CLASSES", CLASSES - 1)
-    assert suspected_triggers.suspected_triggers(model(), images(40), 0, Silent()) is None
+    assert suspected_triggers.suspected_triggers(model(), images(40), NORM, 0, Silent()) is None
 
 
 def test_the_repair_says_what_it_unlearned_and_unlearns_it(monkeypatch: pytest.MonkeyPatch) -> None:

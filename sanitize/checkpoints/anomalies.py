@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -9,6 +11,9 @@ from sanitize.checkpoints.quick_statistics import robust_z
 from sanitize.checkpoints.trigger_inversion import WORKS, Triggers, most_work
 
 Scores = npt.NDArray[np.float64]
+
+COMBINED = ("mask-size", "universal")
+"""Statistics that together tell most, `averaged`."""
 
 COMMON = (0.1, 0.9)
 """Success of the median class's universal change between which the classes can be compared."""
@@ -56,6 +61,12 @@ def anomalies(triggers: dict[str, Triggers], classes: int, images: int) -> dict[
 
 def at_a_common_norm(changes: Triggers) -> bool:
     return COMMON[0] <= float(np.nanmedian(changes.success)) <= COMMON[1]
+
+
+def averaged(found: dict[str, Scores], parts: Sequence[str]) -> Scores:
+    """(C,) the mean of some statistics, each less its median."""
+    mean: Scores = np.mean([centred(found[name]) for name in parts], axis=0)
+    return mean
 
 
 def centred(values: Scores) -> Scores:

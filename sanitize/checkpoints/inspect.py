@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from sanitize.checkpoints import plane_waves
-from sanitize.checkpoints.anomalies import Scores, anomalies, at_a_common_norm, centred, compares
+from sanitize.checkpoints.anomalies import COMBINED, Scores, anomalies, at_a_common_norm, averaged, compares
 from sanitize.checkpoints.classifier import Classifier
 from sanitize.checkpoints.pivotal_tuning import start
 from sanitize.checkpoints.plane_waves import FEWEST_CLASSES
@@ -47,7 +47,7 @@ from sanitize.errors import InputError, UsageError
 from sanitize.progress import Progress, Silent
 
 METHODS = {
-    "combined": ("mask-size", "universal"),
+    "combined": COMBINED,
     "universal-changes": ("universal",),
     "calibrated-trigger-inversion": ("calibrated",),
     "neural-cleanse": ("neural-cleanse",),
@@ -298,7 +298,7 @@ def combine(found: dict[str, Scores], method: str) -> Scores:
     parts = METHODS[method]
     if len(parts) == 1:
         return found[parts[0]]
-    combined: Scores = np.mean([centred(found[name]) for name in parts], axis=0)
+    combined = averaged(found, parts)
     if method == WITH_REFERENCES and NATURAL in found:
         return np.fmax(combined - found[NATURAL], WAVES_COUNT * found[WAVES])
     if method == WITH_REFERENCES and PHASE in found:

@@ -74,8 +74,10 @@ def start(
     al., ICCV 2019 (CutMix).
     """
     pivot = classifier.clone().requires_grad_(False)
-    triggers = suspected_triggers(pivot, work, seed, progress)
-    put, state = put_suspected(triggers) if triggers else universal_changes(pivot, work, settings, seed)
+    side = work.pixels.shape[1]
+    norm = settings.radius * (3 * side * side) ** 0.5
+    triggers = suspected_triggers(pivot, work, norm, seed, progress)
+    put, state = put_suspected(triggers) if triggers else universal_changes(pivot, work, norm, settings, seed)
     device = classifier.mean.device
 
     def loss(model: Classifier, pixels: torch.Tensor, labels: torch.Tensor, step: int) -> torch.Tensor:
@@ -108,13 +110,12 @@ def put_suspected(triggers: Sequence[Suspected]) -> tuple[Put, list[torch.Tensor
 
 
 def universal_changes(
-    pivot: Classifier, work: TrustedImages, settings: Settings, seed: int
+    pivot: Classifier, work: TrustedImages, norm: float, settings: Settings, seed: int
 ) -> tuple[Put, list[torch.Tensor]]:
     """A change a class, sought on the pivot: what puts them on images, and the (C, 3, R, R) changes."""
-    device, side = pivot.mean.device, work.pixels.shape[1]
-    norm = settings.radius * (3 * side * side) ** 0.5
+    device = pivot.mean.device
     classes = torch.arange(pivot.classes, device=device)
-    changes = first_changes(pivot.classes, side, seed, device)
+    changes = first_changes(pivot.classes, work.pixels.shape[1], seed, device)
     uniform = torch.ones(pivot.classes, device=device)
     for step in range(settings.search_steps):
         rows = batch_rows(len(work), settings.schedule.batch, seed, step)

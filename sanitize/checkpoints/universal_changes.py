@@ -130,9 +130,14 @@ def search(
         called = model((pixels[part] + trial[own[part]]).clamp(0, 1)).float()
         loss = functional.cross_entropy(called, classes[drawn[part]], reduction="sum")
         gradient += torch.autograd.grad(loss, trial)[0]
-    moved = trial.detach() - norm / 6 * gradient / _norms(gradient)
-    changes[places] = moved * (norm / _norms(moved)).clamp(max=1)
+    changes[places] = moved_within(trial.detach(), gradient, norm)
     model.train(training)
+
+
+def moved_within(changes: torch.Tensor, gradient: torch.Tensor, norm: float) -> torch.Tensor:
+    """(K, 3, R, R) changes a sixth of `norm` further down, kept to an L2 norm of at most `norm` each."""
+    moved = changes - norm / 6 * gradient / _norms(gradient)
+    return moved * (norm / _norms(moved)).clamp(max=1)
 
 
 def draw_others(labels: torch.Tensor, classes: torch.Tensor, chances: torch.Tensor) -> torch.Tensor:
