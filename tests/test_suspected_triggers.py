@@ -1,4 +1,4 @@
-"""Masks, patches and waves that one class gives away, and what unlearning does with them."""
+"""Masks, changes, patches and waves that one class gives away, and what unlearning does with them."""
 
 from __future__ import annotations
 
@@ -89,20 +89,26 @@ def test_no_mask_of_a_network_whose_classes_are_alike_is_suspected() -> None:
 
 def test_the_change_of_a_class_is_suspected_where_its_mask_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suspected_triggers, "SMALL", 1e9)
+    monkeypatch.setattr(suspected_triggers, "FEWEST_IMAGES", len(images(40)) + 1)
+    assert "change" not in {one.kind for one in suspected(model(backdoor=30.0))}, "too few images"
+    monkeypatch.setattr(suspected_triggers, "FEWEST_IMAGES", len(images(40)))
     (trigger,) = (one for one in suspected(model(backdoor=30.0)) if one.kind in ("mask", "change"))
     assert isinstance(trigger, Added)
     assert trigger.class_id == TARGET
     assert trigger.evidence >= suspected_triggers.UNLIKE
+    assert trigger.free.norm() <= trigger.norm
     assert "change" not in {one.kind for one in suspected(model())}
 
 
 def test_a_change_is_sought_within_its_norm() -> None:
     trigger = Added(class_id=TARGET, evidence=1.0, free=torch.zeros(3, SIDE, SIDE), norm=NORM)
+    classifier, pixels = model(backdoor=0.5), torch.full((8, 3, SIDE, SIDE), 0.4)
     for _ in range(9):
-        seek(trigger, model(backdoor=0.5), torch.full((8, 3, SIDE, SIDE), 0.4))
+        seek(trigger, classifier, pixels)
     assert trigger.free.norm() == pytest.approx(NORM, rel=1e-4)
-    pixels = torch.full((2, 3, SIDE, SIDE), 0.5)
     torch.testing.assert_close(trigger.on(pixels), (pixels + trigger.free).clamp(0, 1))
+    before, after = (classifier(shown).softmax(1)[:, TARGET] for shown in (pixels, trigger.on(pixels)))
+    assert (after > before).all()
 
 
 def test_half_of_the_images_get_the_mirror_image_of_a_mask() -> None:
@@ -148,6 +154,9 @@ def test_a_patch_that_works_anywhere_is_suspected_of_its_class_alone(monkeypatch
     (trigger,) = (one for one in suspected(fires_on_a_patch()) if isinstance(one, Patch))
     assert trigger.class_id == TARGET
     assert trigger.free.shape == (suspected_triggers.PATCHES, 3, 3, 3)
+    pixels = torch.full((9, 3, SIDE, SIDE), 0.1)
+    called = [fires_on_a_patch()(paste(pixels, patch[None])).argmax(1) for patch in trigger.free]
+    assert sum(bool((one == TARGET).all()) for one in called) >= 2, "not only the first of them works"
     again, _ = universal_patches(fires_on_a_patch(), images(40), 0)
     torch.testing.assert_close(again, patches, rtol=0, atol=0)
 
@@ -209,16 +218,19 @@ def test_where_all_or_nothing_depends_on_places_no_class_stands_out(
     assert after.max() < before.max() / 10
 
 
+@pytest.mark.parametrize(("kind", "smaller"), [("mask", 2.0), ("change", 1e9)])
 def test_an_interrupted_repair_that_would_go_on_with_other_triggers_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, smaller: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plane_waves, "FEWEST_CLASSES", small_models.CLASSES)
+    monkeypatch.setattr(suspected_triggers, "SMALL", smaller)
+    monkeypatch.setattr(suspected_triggers, "FEWEST_IMAGES", 100)
     monkeypatch.setattr(tuning, "SAVE_EVERY", 1)
     model_, trusted = small_models.trained(30), small_models.images(160, 5)
     settings = {"steps": 20, "measure_every": 5}
     config_ = RepairConfig(method="pivotal-unlearning", max_accuracy_loss=0.5, settings=settings)
     whole = repair_classifier(model_, trusted, config_)
-    assert whole.facts["suspected_triggers"]
+    assert kind in {one["kind"] for one in whole.facts["suspected_triggers"]}
     real = tuning.take_step
 
     def killed(*given: Any) -> torch.Tensor:
@@ -324,15 +336,20 @@ def test_nothing_is_sought_where_classes_are_too_few_or_too_many(monkeypatch: py
     assert suspected_triggers.suspected_triggers(model(), images(40), NORM, 0, Silent()) is None
 
 
-def test_the_repair_says_what_it_unlearned_and_unlearns_it(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("kind", "smaller"), [("mask", 2.0), ("change", 1e9)])
+def test_the_repair_says_what_it_unlearned_and_unlearns_it(
+    kind: str, smaller: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(plane_waves, "FEWEST_CLASSES", small_models.CLASSES)
+    monkeypatch.setattr(suspected_triggers, "SMALL", smaller)
+    monkeypatch.setattr(suspected_triggers, "FEWEST_IMAGES", 100)
     backdoored = small_models.trained(30)
     config = RepairConfig(
         method="pivotal-unlearning", max_accuracy_loss=0.1, settings={"steps": 100, "learning_rate": 0.02}
     )
     found = repair_classifier(backdoored, small_models.images(160, 5), config)
     target = backdoored.label(small_models.TARGET)
-    assert ("mask", target) in {(one["kind"], one["class"]) for one in found.facts["suspected_triggers"]}
+    assert (kind, target) in {(one["kind"], one["class"]) for one in found.facts["suspected_triggers"]}
     assert found.facts["repaired"]
     assert small_models.success(backdoored) > 0.9
     assert small_models.success(found.classifier) < 0.3

@@ -37,7 +37,8 @@ class Settings:
     changed_weight: float = 2.0
     """Of the same answers, given with a trigger on."""
     radius: float = 0.0217
-    """Root mean square of a universal change over its pixels and channels, of values in [0, 1]."""
+    """Root mean square of a universal change over its pixels and channels, of values in [0, 1]; one that a
+    class is suspected by may be larger."""
     search_steps: int = 20
     """Steps that universal changes are sought for before the tuning begins."""
     focus: float = 4.0
@@ -101,7 +102,8 @@ def start(
             for trigger in triggers
         ]
     )
-    return Started(classifier.clone(), loss, state, {"suspected_triggers": named})
+    found = [(trigger.kind, trigger.class_id) for trigger in triggers or []]
+    return Started(classifier.clone(), loss, state, {"suspected_triggers": named}, found)
 
 
 def put_suspected(triggers: Sequence[Suspected]) -> tuple[Put, list[torch.Tensor]]:

@@ -1,7 +1,7 @@
 """Triggers that turn images into one class far more easily than the like turns them into others.
 
-A large enough mask, patch or wave turns images into any class. A backdoor's class takes far less, and what it
-takes tells its trigger. Which kind it is nobody knows beforehand, so each is looked for.
+A large enough mask, change, patch or wave turns images into any class. A backdoor's class takes far less, and
+what it takes tells its trigger. Which kind it is nobody knows beforehand, so each is looked for.
 """
 
 from __future__ import annotations
@@ -40,9 +40,12 @@ SMALL = 2.2
 """How many times smaller than the median class's a mask is to be suspected. Of 15 clean networks 1.65 at
 most, of the other classes of backdoored ones 2.1; 2.6 and more for most patches (docs/experiments.md)."""
 UNLIKE = 0.85
-"""Score of a class, as in the default of `inspect`, from which its universal change is suspected, if its mask
-is not: unlearning a mask that is hardly smaller costs two points more. Of nine clean networks 0.55 at most,
-of the other classes of backdoored ones 0.74 (docs/experiments.md)."""
+"""Score of a class by mask and universal change, on the images that both were sought on. From here on its
+change is suspected if its mask is not. Unlearning a mask that is hardly smaller cost two points more where the
+trigger is a faint picture, and is what would have helped where it is a patch. Of nine clean networks 0.55 at
+most, of the other classes of backdoored ones 0.74 (docs/experiments.md)."""
+FEWEST_IMAGES = 150
+"""For such a score; a quarter of 200 is held out. With 60 images clean networks of toy size score 1.3."""
 AROUND = 1 / 32
 """Of an image's side, that a mask is widened by on each side: the smallest mask that works leaves out much of
 the attacker's trigger."""
@@ -110,7 +113,7 @@ class Patch:
     """(P, 3, s, s) in [0, 1]."""
 
     def on(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(B, 3, R, R) images with up to as many patches as there are, each one of them."""
+        """(B, 3, R, R) images with one to P patches, all with as many, each drawn from the P."""
         for _ in range(int(torch.randint(1, len(self.free) + 1, ()))):
             pixels = paste(pixels, self.free[torch.randint(len(self.free), (len(pixels),))])
         return pixels
@@ -135,7 +138,7 @@ class Added:
 
     def on(self, pixels: torch.Tensor) -> torch.Tensor:
         """(B, 3, R, R) images with the trigger."""
-        return stamp(pixels, torch.ones(()), self.free, added=True)
+        return (pixels + self.free).clamp(0, 1)
 
     def sought(self, gradient: torch.Tensor) -> torch.Tensor:
         """(3, R, R) the picture after a step."""
@@ -173,8 +176,9 @@ def suspected_triggers(
     """Everything that stands out among the classes; None for too few or many classes.
 
     Args:
-        work: images that triggers are sought on.
-        norm: largest L2 norm of a picture that is added.
+        work: images that triggers are sought and judged on.
+        norm: largest L2 norm of a picture that is added, or that at which the classes can be compared, if
+            that is larger.
         seed: of what is drawn.
 
     Source: ours; masks of Neural Cleanse (Wang et al., IEEE S&P 2019), patches as in Brown et al., 2017.
@@ -182,6 +186,7 @@ def suspected_triggers(
     if not plane_waves.FEWEST_CLASSES <= pivot.classes <= plane_waves.MOST_CLASSES:
         return None
     inversion = InversionConfig()
+    # masks take half of what calibrated triggers do, changes at most about as much as masks
     seconds = estimated_s(pivot, work, pivot.classes, inversion) + plane_waves.estimated_s(pivot, work)
     if seconds > LONG_S:
         progress.note(f"triggers are looked for: about {seconds / 60:.0f} min on this device")
@@ -204,15 +209,17 @@ def _masks_and_changes(
     """Masks far smaller than the median one, and changes where mask and change together are as telling."""
     scores = anomalies({"neural-cleanse": masks, "universal": changes}, len(masks.classes), len(work))
     smaller, score = 2 ** scores["mask-size"], averaged(scores, COMBINED)
+    unlike = (score >= UNLIKE) & (len(work) >= FEWEST_IMAGES)
     found: list[Suspected] = []
-    for class_id in np.flatnonzero((smaller >= SMALL) | (score >= UNLIKE)).tolist():
+    for class_id in np.flatnonzero((smaller >= SMALL) | unlike).tolist():
         if smaller[class_id] >= SMALL:
             mask, pattern = masks.tensors(class_id, device)
             size = float(smaller[class_id])
             found.append(Masked(class_id=class_id, evidence=size, mask=widened(mask), free=pattern))
         else:
             _, picture = changes.tensors(class_id, device)
-            found.append(Added(class_id=class_id, evidence=float(score[class_id]), free=picture, norm=norm))
+            evidence, largest = float(score[class_id]), max(norm, float(picture.norm()))
+            found.append(Added(class_id=class_id, evidence=evidence, free=picture, norm=largest))
     return found
 
 
@@ -229,14 +236,15 @@ def _patches(pivot: Classifier, work: TrustedImages, seed: int) -> list[Suspecte
         for step in range(PATCH_STEPS):
             rows = batch_rows(len(work), PATCH_BATCH, seed, step)
             others = rows[work.class_id[rows] != class_id]
-            with seeded(device, seed + step), fast(device):
-                seek(several, pivot, to_pixels(work.pixels[others], device))
+            if len(others):
+                with seeded(device, seed + step), fast(device):
+                    seek(several, pivot, to_pixels(work.pixels[others], device))
         found.append(several)
     return found
 
 
 def _waves(phases: plane_waves.Phases, side: int, device: torch.device) -> list[Suspected]:
-    """The waves of classes that depend on the phase of one."""
+    """The waves of classes that depend on the phase of one, more than any should or far more than others."""
     found: list[Suspected] = []
     largest = phases.dependence.max(axis=0)
     ahead = largest >= np.maximum(LIKELY, AHEAD * np.partition(largest, -2)[-2])

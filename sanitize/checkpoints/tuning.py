@@ -92,6 +92,8 @@ class Started(NamedTuple):
     """Tensors that the loss changes in place from step to step."""
     facts: Mapping[str, Any] = MappingProxyType({})
     """For the JSON file: what the method found beforehand."""
+    found: Sequence[Sequence[Any]] = ()
+    """Of that, what an interrupted run has to find again, in plain values."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,8 +172,8 @@ class _Run:
     def __init__(
         self, started: Started, schedule: Schedule, before: npt.NDArray[np.float64], task: Task
     ) -> None:
-        self.model, self.loss, self.state, facts = started
-        self.found = dict(facts)
+        self.model, self.loss, self.state, _, found = started
+        self.found = [list(one) for one in found]
         self.schedule = schedule
         self.before = before
         self.task = task
