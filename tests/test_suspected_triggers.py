@@ -17,6 +17,7 @@ from sanitize.checkpoints import audit as audit_module
 from sanitize.checkpoints import plane_waves, suspected_triggers, tuning
 from sanitize.checkpoints.audit import audit
 from sanitize.checkpoints.classifier import Classifier
+from sanitize.checkpoints.pivotal_unlearning import Settings, universal_changes
 from sanitize.checkpoints.repair import RepairConfig, repair_classifier
 from sanitize.checkpoints.suspected_triggers import (
     Added,
@@ -33,14 +34,13 @@ from sanitize.checkpoints.suspected_triggers import (
 from sanitize.errors import RunFolderError
 from sanitize.progress import Silent
 
-CPU = torch.device("cpu")
 NORM = 2.0
 
 
 def suspected(classifier: Classifier) -> list[suspected_triggers.Suspected]:
-    found = suspected_triggers.suspected_triggers(classifier, images(40), NORM, 0, Silent())
-    assert found is not None
-    return found
+    looked = suspected_triggers.suspected_triggers(classifier, images(40), NORM, 0, Silent())
+    assert looked is not None
+    return looked.suspected
 
 
 def fires_on_a_patch() -> Classifier:
@@ -137,12 +137,29 @@ def test_a_wave_that_is_far_ahead_of_the_next_classs_is_suspected() -> None:
         dependence = np.full((len(plane_waves.kinds()) // plane_waves.PHASES, len(largest)), 1.0)
         dependence[7] = largest
         phases = plane_waves.Phases(dependence, np.zeros_like(dependence))
-        return [one.class_id for one in suspected_triggers._waves(phases, 32, CPU)]
+        waves = suspected_triggers._waves(phases)
+        assert [one.evidence for one in waves] == list(largest)
+        return [one.class_id for one in suspected_triggers._standing_out(waves)]
 
     assert of(3, 4.8, 6.9, 4, 4) == [2]
     assert of(3, 5.5, 6.9, 4, 4) == [], "not far ahead"
     assert of(3, 4, 5.9, 3, 3) == [], "far ahead, of little"
     assert of(7.1, 4, 7.2, 3, 3) == [0, 2]
+
+
+def test_where_nothing_is_suspected_waves_of_every_class_take_a_third_of_the_images() -> None:
+    waves = [
+        Waves(class_id=c, evidence=3.0, kinds=np.array([[0, 0, 2]]), weights=torch.ones(1)) for c in range(2)
+    ]
+    put, state = universal_changes(model(), images(40), waves, 1e-3, Settings(), 0)
+    assert [one.shape[0] for one in state] == [CLASSES]
+    pixels = torch.full((400, 3, SIDE, SIDE), 0.5)
+    brighter = put(model(), pixels, pixels, torch.full((400,), 3)).mean((1, 2, 3)) - 0.5
+    low, high = suspected_triggers.OPACITIES
+    waved = brighter > low / 2 - 1e-3
+    assert 0.25 < waved.float().mean() < 0.42
+    assert brighter[waved].max() <= high / 2 + 1e-3
+    assert brighter[~waved].abs().max() < 1e-3, "the rest has a change of a thousandth"
 
 
 def test_a_patch_that_works_anywhere_is_suspected_of_its_class_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,8 +328,8 @@ def test_seeking_raises_the_answer_of_the_class() -> None:
 
 
 def test_waves_are_laid_over_at_some_opacity_and_are_not_sought_again() -> None:
-    waves = torch.ones(2, SIDE, SIDE)
-    trigger = Waves(class_id=0, evidence=7.0, waves=waves, weights=torch.tensor([1.0, 0.0]))
+    kinds = np.array([[0, 0, 2], [0, 0, 0]])  # white, and black
+    trigger = Waves(class_id=0, evidence=7.0, kinds=kinds, weights=torch.tensor([1.0, 0.0]))
     laid = with_triggers(
         [trigger],
         model(),

@@ -13,7 +13,13 @@ import torch
 from torch.nn import functional
 
 from sanitize.checkpoints.classifier import Classifier
-from sanitize.checkpoints.suspected_triggers import Sought, Suspected, suspected_triggers, with_triggers
+from sanitize.checkpoints.suspected_triggers import (
+    Sought,
+    Suspected,
+    Waves,
+    suspected_triggers,
+    with_triggers,
+)
 from sanitize.checkpoints.trigger_inversion import evaluate
 from sanitize.checkpoints.trusted import TrustedImages, to_pixels
 from sanitize.checkpoints.tuning import Schedule, Started, batch_rows
@@ -47,6 +53,8 @@ class Settings:
     """Most pixels that an image is moved by; half of them are mirrored, too."""
     patched_ratio: float = 0.5
     """Share of the images that get a patch of another one."""
+    waves_ratio: float = 1 / 3
+    """Share of the images that get a wave in place of a universal change, where nothing is suspected."""
 
 
 LARGE = Settings(schedule=Schedule(steps=2_000, learning_rate=5e-4, decay=True, measure_every=200))
@@ -60,10 +68,10 @@ def start(
 
     Triggers that stand out among the classes (`suspected_triggers`) are unlearned. Where none does, it is a
     universal change a class, of a small fixed norm, drawn the more often the more images it turns on the
-    pivot. All but waves are sought again all along on the model in training. Half of the images have a patch
-    of another one pasted in, and the pivot is asked what it calls that: a few hundred images are soon known
-    by heart, their mixtures are not. Networks run in bfloat16 where the processor multiplies it faster, which
-    takes half the time.
+    pivot, and the waves whose phase each class depends on most. All but waves are sought again all along on
+    the model in training. Half of the images have a patch of another one pasted in, and the pivot is asked
+    what it calls that: a few hundred images are soon known by heart, their mixtures are not. Networks run in
+    bfloat16 where the processor multiplies it faster, which takes half the time.
 
     Why it differs from Pivotal Tuning, measured in docs/experiments.md: on networks of 0.3 million parameters
     hard labels of a few hundred images cost four points of accuracy within 50 steps, so the pivot's own
@@ -77,8 +85,11 @@ def start(
     pivot = classifier.clone().requires_grad_(False)
     side = work.pixels.shape[1]
     norm = settings.radius * (3 * side * side) ** 0.5
-    triggers = suspected_triggers(pivot, work, norm, seed, progress)
-    put, state = put_suspected(triggers) if triggers else universal_changes(pivot, work, norm, settings, seed)
+    looked = suspected_triggers(pivot, work, norm, seed, progress)
+    triggers, waves = looked or ([], [])
+    put, state = (
+        put_suspected(triggers) if triggers else universal_changes(pivot, work, waves, norm, settings, seed)
+    )
     device = classifier.mean.device
 
     def loss(model: Classifier, pixels: torch.Tensor, labels: torch.Tensor, step: int) -> torch.Tensor:
@@ -96,13 +107,13 @@ def start(
 
     named = (
         None
-        if triggers is None
+        if looked is None
         else [
             {"kind": trigger.kind, "class": classifier.label(trigger.class_id), "evidence": trigger.evidence}
             for trigger in triggers
         ]
     )
-    found = [(trigger.kind, trigger.class_id) for trigger in triggers or []]
+    found = [(trigger.kind, trigger.class_id) for trigger in triggers]
     return Started(classifier.clone(), loss, state, {"suspected_triggers": named}, found)
 
 
@@ -112,9 +123,14 @@ def put_suspected(triggers: Sequence[Suspected]) -> tuple[Put, list[torch.Tensor
 
 
 def universal_changes(
-    pivot: Classifier, work: TrustedImages, norm: float, settings: Settings, seed: int
+    pivot: Classifier,
+    work: TrustedImages,
+    waves: Sequence[Waves],
+    norm: float,
+    settings: Settings,
+    seed: int,
 ) -> tuple[Put, list[torch.Tensor]]:
-    """A change a class, sought on the pivot: what puts them on images, and the (C, 3, R, R) changes."""
+    """A change a class, sought on the pivot: what puts these or waves on images, and (C, 3, R, R) changes."""
     device = pivot.mean.device
     classes = torch.arange(pivot.classes, device=device)
     changes = first_changes(pivot.classes, work.pixels.shape[1], seed, device)
@@ -132,7 +148,11 @@ def universal_changes(
         model: Classifier, pixels: torch.Tensor, sought_on: torch.Tensor, labels: torch.Tensor
     ) -> torch.Tensor:
         search(model, changes, classes, sought_on, labels, chances, norm)
-        return (pixels + changes[draw_others(labels, classes, chances)]).clamp(0, 1)
+        changed = (pixels + changes[draw_others(labels, classes, chances)]).clamp(0, 1)
+        if not waves:
+            return changed
+        waved = torch.rand(len(pixels), 1, 1, 1, device=device) < settings.waves_ratio
+        return torch.where(waved, with_triggers(waves, model, pixels, sought_on, labels), changed)
 
     return put, [changes]
 

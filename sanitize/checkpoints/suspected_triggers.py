@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -41,9 +41,9 @@ SMALL = 2.2
 most, of the other classes of backdoored ones 2.1; 2.6 and more for most patches (docs/experiments.md)."""
 UNLIKE = 0.85
 """Score of a class by mask and universal change, on the images that both were sought on. From here on its
-change is suspected if its mask is not. Unlearning a mask that is hardly smaller cost two points more where the
-trigger is a faint picture, and is what would have helped where it is a patch. Of nine clean networks 0.55 at
-most, of the other classes of backdoored ones 0.74 (docs/experiments.md)."""
+change is suspected if its mask is not. Unlearning a mask that is hardly smaller cost two points more where
+the trigger is a faint picture, and is what would have helped where it is a patch. Of nine clean networks 0.55
+at most, of the other classes of backdoored ones 0.74 (docs/experiments.md)."""
 FEWEST_IMAGES = 150
 """For such a score; a quarter of 200 is held out. With 60 images clean networks of toy size score 1.3."""
 AROUND = 1 / 32
@@ -58,7 +58,7 @@ PATCHES = 8
 """Of a class that is suspected by its patch: an attacker may have several, and paste them all at once."""
 PATCH_STEPS = 30
 PATCH_BATCH = 128
-LIKELY, AHEAD = 6.0, 1.3
+LIKELY, AHEAD = 6.5, 1.3
 """A wave of a smaller dependence than `plane_waves.PHASE` is suspected as well, from the first on, if it is
 so many times that of the next class's. Of nine clean networks at most 6.2 and 1.2 times."""
 WAVES = 32
@@ -153,14 +153,15 @@ class Waves:
     class_id: int
     evidence: float
     """Their largest phase dependence."""
-    waves: torch.Tensor
-    """(W, R, R) in [0, 1]."""
+    kinds: npt.NDArray[np.float64]
+    """(W, 3) as of `plane_waves.kinds`."""
     weights: torch.Tensor
     """(W,) how often each is drawn."""
 
     def on(self, pixels: torch.Tensor) -> torch.Tensor:
         """(B, 3, R, R) images with the trigger."""
-        drawn = self.waves[torch.multinomial(self.weights, len(pixels), replacement=True)].unsqueeze(1)
+        rows = torch.multinomial(self.weights, len(pixels), replacement=True).numpy()
+        drawn = plane_waves.pictures(self.kinds[rows], pixels.shape[2], pixels.device).unsqueeze(1)
         low, high = OPACITIES
         opacity = low + (high - low) * torch.rand(len(pixels), 1, 1, 1, device=pixels.device)
         return stamp(pixels, opacity, drawn, added=False)
@@ -170,10 +171,20 @@ Sought = Masked | Patch | Added
 Suspected = Sought | Waves
 
 
+class Looked(NamedTuple):
+    """What was found, on a network of neither too few nor too many classes."""
+
+    suspected: list[Suspected]
+    """What stands out among the classes."""
+    waves: list[Waves]
+    """Of every class the waves whose phase it depends on most, whether they stand out or not; none where
+    phases were not looked at."""
+
+
 def suspected_triggers(
     pivot: Classifier, work: TrustedImages, norm: float, seed: int, progress: Progress
-) -> list[Suspected] | None:
-    """Everything that stands out among the classes; None for too few or many classes.
+) -> Looked | None:
+    """Look for everything that stands out among the classes; None for too few or many classes.
 
     Args:
         work: images that triggers are sought and judged on.
@@ -198,9 +209,10 @@ def suspected_triggers(
         found = _masks_and_changes(masks, changes, work, norm, pivot.mean.device)
         found += _patches(pivot, work, seed)
         advance(PATCH_STEPS)
+        waves = []
         if plane_waves.looked_at(pivot):
-            found += _waves(plane_waves.phases(pivot, work, advance), work.pixels.shape[1], pivot.mean.device)
-    return found
+            waves = _waves(plane_waves.phases(pivot, work, advance))
+    return Looked(found + _standing_out(waves), waves)
 
 
 def _masks_and_changes(
@@ -243,24 +255,27 @@ def _patches(pivot: Classifier, work: TrustedImages, seed: int) -> list[Suspecte
     return found
 
 
-def _waves(phases: plane_waves.Phases, side: int, device: torch.device) -> list[Suspected]:
-    """The waves of classes that depend on the phase of one, more than any should or far more than others."""
-    found: list[Suspected] = []
-    largest = phases.dependence.max(axis=0)
-    ahead = largest >= np.maximum(LIKELY, AHEAD * np.partition(largest, -2)[-2])
-    for class_id in np.flatnonzero((largest >= plane_waves.PHASE) | ahead).tolist():
-        own = phases.dependence[:, class_id]
+def _waves(phases: plane_waves.Phases) -> list[Waves]:
+    """Of every class the waves whose phase it depends on most."""
+    found = []
+    for class_id, own in enumerate(phases.dependence.T):
         most = np.argsort(-own)[:WAVES]
-        kinds = plane_waves.at_phase(most, phases.quarters[most, class_id])
         found.append(
             Waves(
                 class_id=class_id,
                 evidence=float(own[most[0]]),
-                waves=plane_waves.pictures(kinds, side, device),
-                weights=torch.from_numpy((own[most] / own[most[0]]) ** SHARPNESS).float().to(device),
+                kinds=plane_waves.at_phase(most, phases.quarters[most, class_id]),
+                weights=torch.from_numpy((own[most] / own[most[0]]) ** SHARPNESS),
             )
         )
     return found
+
+
+def _standing_out(waves: Sequence[Waves]) -> list[Suspected]:
+    """Those of a class that depends on them more than any should, or far more than the next class."""
+    next_most = sorted((one.evidence for one in waves), reverse=True)[1] if waves else 0.0
+    least = min(plane_waves.PHASE, max(LIKELY, AHEAD * next_most))
+    return [one for one in waves if one.evidence >= least]
 
 
 def widened(mask: torch.Tensor) -> torch.Tensor:
