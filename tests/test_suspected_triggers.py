@@ -132,19 +132,17 @@ def test_several_patches_go_on_an_image_at_once() -> None:
     assert ((seen == 0.25).any(1) & (seen == 0.75).any(1)).any()
 
 
-def test_a_wave_that_is_far_ahead_of_the_next_classs_is_suspected() -> None:
-    def of(*largest: float) -> list[int]:
-        dependence = np.full((len(plane_waves.kinds()) // plane_waves.PHASES, len(largest)), 1.0)
-        dependence[7] = largest
-        phases = plane_waves.Phases(dependence, np.zeros_like(dependence))
-        waves = suspected_triggers._waves(phases)
-        assert [one.evidence for one in waves] == list(largest)
-        return [one.class_id for one in suspected_triggers._standing_out(waves)]
-
-    assert of(3, 4.8, 6.9, 4, 4) == [2]
-    assert of(3, 5.5, 6.9, 4, 4) == [], "not far ahead"
-    assert of(3, 4, 5.9, 3, 3) == [], "far ahead, of little"
-    assert of(7.1, 4, 7.2, 3, 3) == [0, 2]
+def test_a_wave_is_suspected_from_the_threshold_on_and_those_of_all_classes_are_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(plane_waves, "looked_at", lambda classifier: True)
+    monkeypatch.setattr(plane_waves, "LARGEST", 100.0)  # of a network of 8 px all of which knows places
+    looked = suspected_triggers.suspected_triggers(fires_on_a_wave(), images(40), NORM, 0, Silent())
+    assert looked is not None
+    assert [wave.class_id for wave in looked.waves] == list(range(CLASSES))
+    monkeypatch.setattr(plane_waves, "PHASE", max(wave.evidence for wave in looked.waves))
+    (wave,) = (one for one in suspected(fires_on_a_wave()) if one.kind == "wave")
+    assert wave.class_id == TARGET
 
 
 def test_where_nothing_is_suspected_waves_of_every_class_take_a_third_of_the_images() -> None:

@@ -45,7 +45,7 @@ FEATURE_GRIDS = (4, 7)
 """Sides of the last grid of features of usual networks, or divisors of them. A wave of a multiple of that
 many periods down and across looks alike from each of its cells, and any network tells its phases apart."""
 PHASE = 7.0
-"""From which dependence on the phase on `inspect` suspects a class. Of 15 clean small networks 6.2 at most,
+"""From which dependence on the phase on a class is suspected. Of 15 clean small networks 6.2 at most,
 of a clean one of three strided convolutions 6.7."""
 LARGEST = 4.0
 """The median class's largest dependence, in root mean squares; 3.3 to 4.2 in small networks."""

@@ -58,9 +58,6 @@ PATCHES = 8
 """Of a class that is suspected by its patch: an attacker may have several, and paste them all at once."""
 PATCH_STEPS = 30
 PATCH_BATCH = 128
-LIKELY, AHEAD = 6.5, 1.3
-"""A wave of a smaller dependence than `plane_waves.PHASE` is suspected as well, from the first on, if it is
-so many times that of the next class's. Of nine clean networks at most 6.2 and 1.2 times."""
 WAVES = 32
 """Most waves of a class that are taken for its trigger."""
 SHARPNESS = 16.0
@@ -212,7 +209,7 @@ def suspected_triggers(
         waves = []
         if plane_waves.looked_at(pivot):
             waves = _waves(plane_waves.phases(pivot, work, advance))
-    return Looked(found + _standing_out(waves), waves)
+    return Looked(found + [one for one in waves if one.evidence >= plane_waves.PHASE], waves)
 
 
 def _masks_and_changes(
@@ -269,13 +266,6 @@ def _waves(phases: plane_waves.Phases) -> list[Waves]:
             )
         )
     return found
-
-
-def _standing_out(waves: Sequence[Waves]) -> list[Suspected]:
-    """Those of a class that depends on them more than any should, or far more than the next class."""
-    next_most = sorted((one.evidence for one in waves), reverse=True)[1] if waves else 0.0
-    least = min(plane_waves.PHASE, max(LIKELY, AHEAD * next_most))
-    return [one for one in waves if one.evidence >= least]
 
 
 def widened(mask: torch.Tensor) -> torch.Tensor:
