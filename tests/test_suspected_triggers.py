@@ -145,6 +145,16 @@ def test_a_wave_is_suspected_from_the_threshold_on_and_those_of_all_classes_are_
     assert wave.class_id == TARGET
 
 
+def test_a_class_that_depends_on_no_wave_has_waves_all_the_same() -> None:
+    none = np.zeros((len(plane_waves.kinds()) // plane_waves.PHASES, CLASSES))
+    waves = suspected_triggers._waves(plane_waves.Phases(none, none))
+    assert [wave.class_id for wave in waves] == list(range(CLASSES))
+    pixels = torch.zeros(20, 3, SIDE, SIDE)
+    laid = with_triggers(waves, model(), pixels, pixels, torch.full((20,), CLASSES - 1))
+    assert laid.isfinite().all()
+    assert laid.any()
+
+
 def test_where_nothing_is_suspected_waves_of_every_class_take_a_third_of_the_images() -> None:
     waves = [
         Waves(class_id=c, evidence=3.0, kinds=np.array([[0, 0, 2]]), weights=torch.ones(1)) for c in range(2)

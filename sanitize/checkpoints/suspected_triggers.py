@@ -255,7 +255,7 @@ def _patches(pivot: Classifier, work: TrustedImages, seed: int) -> list[Suspecte
 def _waves(phases: plane_waves.Phases) -> list[Waves]:
     """Of every class the waves whose phase it depends on most."""
     found = []
-    for class_id, own in enumerate(phases.dependence.T):
+    for class_id, own in enumerate(np.maximum(phases.dependence.T, 1e-9)):
         most = np.argsort(-own)[:WAVES]
         found.append(
             Waves(
