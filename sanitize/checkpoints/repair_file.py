@@ -206,7 +206,7 @@ def in_words(report: RepairReport) -> str:
     ]
     if "suspected_triggers" in facts:
         named = [f"{one['kind']} towards {one['class']}" for one in facts["suspected_triggers"] or []]
-        lines.append(f"  suspected          {', '.join(named) or 'no trigger: universal changes instead'}")
+        lines.append(f"  suspected          {', '.join(named) or 'no trigger: changes of all classes instead, more may be left'}")
     trigger = facts["inverted_trigger"]
     if trigger is not None and trigger["success_before"] is not None:
         lines.append(
