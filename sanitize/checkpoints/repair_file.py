@@ -206,7 +206,8 @@ def in_words(report: RepairReport) -> str:
     ]
     if "suspected_triggers" in facts:
         named = [f"{one['kind']} towards {one['class']}" for one in facts["suspected_triggers"] or []]
-        lines.append(f"  suspected          {', '.join(named) or 'no trigger: changes of all classes instead, more may be left'}")
+        none = "no trigger: changes of all classes instead, more may be left"
+        lines.append(f"  suspected          {', '.join(named) or none}")
     trigger = facts["inverted_trigger"]
     if trigger is not None and trigger["success_before"] is not None:
         lines.append(
