@@ -118,6 +118,7 @@ def test_where_no_method_keeps_a_model_both_are_named(tmp_path: Path) -> None:
     settings = {"steps": 4, "measure_every": 4, "learning_rate": 50.0}
     words = in_words(repaired(tmp_path / "fixed.pt", settings, "auto", max_accuracy_loss=0.0))
     assert words.startswith("Not repaired: every model of pivotal-tuning and pivotal-unlearning clearly lost")
+    assert "no trigger: changes of all classes instead, more may be left" in words
 
 
 @pytest.mark.parametrize("name", ["fixed.pt", "fixed.pt.json"])
