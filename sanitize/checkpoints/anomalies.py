@@ -35,6 +35,11 @@ def anomalies(triggers: dict[str, Triggers], classes: int, images: int) -> dict[
     ambiguous here: algorithm 4, line 13, subtracts the accuracy that the repaired model keeps, which would
     give a perfect trigger 1 - 1 = 0; the text has "the difference in the success rates". Kept accuracy is
     reported beside it.
+
+    Args:
+        triggers: statistic, as `Inspection.triggers` names it -> a trigger a class that was looked at.
+        classes: C, of the head.
+        images: that success was measured on.
     """
     found: dict[str, Scores] = {}
     for name, made in triggers.items():
@@ -60,6 +65,7 @@ def anomalies(triggers: dict[str, Triggers], classes: int, images: int) -> dict[
 
 
 def at_a_common_norm(changes: Triggers) -> bool:
+    """Whether the universal changes of the classes can be compared: of the median one some work, not all."""
     return COMMON[0] <= float(np.nanmedian(changes.success)) <= COMMON[1]
 
 

@@ -93,7 +93,7 @@ class Masked:
 
     def sought(self, gradient: torch.Tensor) -> torch.Tensor:
         """(3, R, R) the pattern after a step."""
-        return (self.free - self.step * gradient.sign()).clamp(0, 1)
+        return signed_step(self.free, gradient, self.step)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +117,7 @@ class Patch:
 
     def sought(self, gradient: torch.Tensor) -> torch.Tensor:
         """(P, 3, s, s) the patches after a step."""
-        return (self.free - self.step * gradient.sign()).clamp(0, 1)
+        return signed_step(self.free, gradient, self.step)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +158,9 @@ class Waves:
     def on(self, pixels: torch.Tensor) -> torch.Tensor:
         """(B, 3, R, R) images with the trigger."""
         rows = torch.multinomial(self.weights, len(pixels), replacement=True).numpy()
-        drawn = plane_waves.pictures(self.kinds[rows], pixels.shape[2], pixels.device).unsqueeze(1)
+        some, places = np.unique(rows, return_inverse=True)  # a few of a class are drawn again and again
+        waves = plane_waves.pictures(self.kinds[some], pixels.shape[2], pixels.device)
+        drawn = waves[torch.from_numpy(places).to(pixels.device)].unsqueeze(1)
         low, high = OPACITIES
         opacity = low + (high - low) * torch.rand(len(pixels), 1, 1, 1, device=pixels.device)
         return stamp(pixels, opacity, drawn, added=False)
@@ -299,7 +301,7 @@ def universal_patches(
                 logits = classifier(paste(to_pixels(work.pixels[rows], device), trial[wanted])).float()
                 loss = functional.cross_entropy(logits, wanted, reduction="sum")
                 gradient = torch.autograd.grad(loss, trial)[0]
-            patches = (patches - Patch.step * gradient.sign()).clamp(0, 1)
+            patches = signed_step(patches, gradient, Patch.step)
         turned = []
         for class_id, patch in enumerate(patches):
             others = work.pixels[work.class_id != class_id]
@@ -312,6 +314,11 @@ def universal_patches(
 def first_patches(count: int, side: int, seed: int, device: torch.device) -> torch.Tensor:
     """(P, 3, s, s) patches to begin with: uniform noise."""
     return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+def signed_step(values: torch.Tensor, gradient: torch.Tensor, step: float) -> torch.Tensor:
+    """Values in [0, 1] of any shape, moved by `step` each against the sign of the gradient."""
+    return (values - step * gradient.sign()).clamp(0, 1)
 
 
 def paste(pixels: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
