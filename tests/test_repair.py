@@ -16,7 +16,7 @@ from sanitize.checkpoints.neural_attention_distillation import stage_names
 from sanitize.checkpoints.pivotal_unlearning import with_patches
 from sanitize.checkpoints.repair import RepairConfig, Repaired, methods, repair_classifier, settings_of
 from sanitize.checkpoints.trusted import TrustedImages
-from sanitize.checkpoints.tuning import accuracy
+from sanitize.checkpoints.tuning import Tuned, accuracy, spoils_less
 from sanitize.errors import InputError, UsageError
 
 SHORT = {"steps": 60, "measure_every": 20}
@@ -112,6 +112,26 @@ def test_a_held_out_image_is_judged_moved_by_a_pixel_each_way() -> None:
     views = list(tuning._views(whole.pixels))
     assert np.array_equal(views[0], whole.pixels)
     assert any(np.array_equal(view, moved) for view in views)
+
+
+@pytest.mark.parametrize(
+    ("first", "other", "taken"),
+    [
+        ((-0.010, True), (0.005, True), "first"),
+        ((-0.030, True), (-0.005, True), "other"),
+        ((-0.045, False), (-0.030, True), "other"),
+        ((-0.045, False), (-0.020, False), "first"),
+        ((-0.010, True), (-0.060, False), "first"),
+    ],
+)
+def test_another_way_is_taken_where_it_spoils_less(
+    first: tuple[float, bool], other: tuple[float, bool], taken: str
+) -> None:
+    def ended(change: float, within: bool) -> Tuned:
+        history = [{"accuracy_change": 0.0, "within": True}, {"accuracy_change": change, "within": within}]
+        return Tuned(model=trained(30), step=None, history=history, stopped="steps")
+
+    assert spoils_less(ended(*other), ended(*first), 0.02) == (taken == "other")
 
 
 def test_none_within_the_limit_gives_the_original_and_says_so() -> None:

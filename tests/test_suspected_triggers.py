@@ -14,7 +14,7 @@ from test_inspect import CLASSES, SIDE, TARGET, config, images, model
 from test_plane_waves import WAVE, fires_on_a_wave
 
 from sanitize.checkpoints import audit as audit_module
-from sanitize.checkpoints import plane_waves, suspected_triggers, tuning
+from sanitize.checkpoints import plane_waves, repair, suspected_triggers, tuning
 from sanitize.checkpoints.audit import audit
 from sanitize.checkpoints.classifier import Classifier
 from sanitize.checkpoints.pivotal_unlearning import Settings, universal_changes
@@ -37,10 +37,14 @@ from sanitize.progress import Silent
 NORM = 2.0
 
 
+def looked(classifier: Classifier) -> suspected_triggers.Looked:
+    found = suspected_triggers.suspected_triggers(classifier, images(40), NORM, 0, Silent())
+    assert found is not None
+    return found
+
+
 def suspected(classifier: Classifier) -> list[suspected_triggers.Suspected]:
-    looked = suspected_triggers.suspected_triggers(classifier, images(40), NORM, 0, Silent())
-    assert looked is not None
-    return looked.suspected
+    return looked(classifier).suspected
 
 
 def fires_on_a_patch() -> Classifier:
@@ -87,17 +91,26 @@ def test_no_mask_of_a_network_whose_classes_are_alike_is_suspected() -> None:
     assert "mask" not in {trigger.kind for trigger in suspected(model())}
 
 
-def test_the_change_of_a_class_is_suspected_where_its_mask_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_a_class_that_stands_out_by_its_score_alone_it_is_the_mask_or_the_change(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bad = model(backdoor=30.0)
     monkeypatch.setattr(suspected_triggers, "SMALL", 1e9)
     monkeypatch.setattr(suspected_triggers, "FEWEST_IMAGES", len(images(40)) + 1)
-    assert "change" not in {one.kind for one in suspected(model(backdoor=30.0))}, "too few images"
+    assert not {"mask", "change"} & {one.kind for one in suspected(bad)}, "too few images"
     monkeypatch.setattr(suspected_triggers, "FEWEST_IMAGES", len(images(40)))
-    (trigger,) = (one for one in suspected(model(backdoor=30.0)) if one.kind in ("mask", "change"))
-    assert isinstance(trigger, Added)
-    assert trigger.class_id == TARGET
-    assert trigger.evidence >= suspected_triggers.UNLIKE
-    assert trigger.free.norm() <= trigger.norm
-    assert "change" not in {one.kind for one in suspected(model())}
+    found = looked(bad)
+    (mask,) = (one for one in found.suspected if one.kind in ("mask", "change"))
+    (change,) = (one for one in found.otherwise if one.kind in ("mask", "change"))
+    assert isinstance(mask, Masked)
+    assert isinstance(change, Added)
+    assert mask.class_id == change.class_id == TARGET
+    assert change.evidence >= suspected_triggers.UNLIKE
+    assert change.free.norm() <= change.norm
+    monkeypatch.setattr(suspected_triggers, "WORKS", 1.1)
+    (only,) = (one for one in suspected(bad) if one.kind in ("mask", "change"))
+    assert isinstance(only, Added), "a mask that does not work is no trigger"
+    assert not {"mask", "change"} & {one.kind for one in suspected(model())}
 
 
 def test_a_change_is_sought_within_its_norm() -> None:
@@ -137,10 +150,9 @@ def test_a_wave_is_suspected_from_the_threshold_on_and_those_of_all_classes_are_
 ) -> None:
     monkeypatch.setattr(plane_waves, "looked_at", lambda classifier: True)
     monkeypatch.setattr(plane_waves, "LARGEST", 100.0)  # of a network of 8 px all of which knows places
-    looked = suspected_triggers.suspected_triggers(fires_on_a_wave(), images(40), NORM, 0, Silent())
-    assert looked is not None
-    assert [wave.class_id for wave in looked.waves] == list(range(CLASSES))
-    monkeypatch.setattr(plane_waves, "PHASE", max(wave.evidence for wave in looked.waves))
+    waves = looked(fires_on_a_wave()).waves
+    assert [wave.class_id for wave in waves] == list(range(CLASSES))
+    monkeypatch.setattr(plane_waves, "PHASE", max(wave.evidence for wave in waves))
     (wave,) = (one for one in suspected(fires_on_a_wave()) if one.kind == "wave")
     assert wave.class_id == TARGET
 
@@ -243,9 +255,11 @@ def test_where_all_or_nothing_depends_on_places_no_class_stands_out(
     assert after.max() < before.max() / 10
 
 
-@pytest.mark.parametrize(("kind", "smaller"), [("mask", 2.0), ("change", 1e9)])
+@pytest.mark.parametrize(
+    ("smaller", "made_before"), [(2.0, 12), (1e9, 12), (1e9, 32)], ids=["one-way", "first-way", "other-way"]
+)
 def test_an_interrupted_repair_that_would_go_on_with_other_triggers_is_refused(
-    kind: str, smaller: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    smaller: float, made_before: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plane_waves, "FEWEST_CLASSES", small_models.CLASSES)
     monkeypatch.setattr(suspected_triggers, "SMALL", smaller)
@@ -255,12 +269,14 @@ def test_an_interrupted_repair_that_would_go_on_with_other_triggers_is_refused(
     settings = {"steps": 20, "measure_every": 5}
     config_ = RepairConfig(method="pivotal-unlearning", max_accuracy_loss=0.5, settings=settings)
     whole = repair_classifier(model_, trusted, config_)
-    assert kind in {one["kind"] for one in whole.facts["suspected_triggers"]}
-    real = tuning.take_step
+    assert whole.facts["suspected_triggers"]
+    assert (whole.facts["passed_over"] is None) == (smaller < 1e9)
+    real, made = tuning.take_step, []
 
     def killed(*given: Any) -> torch.Tensor:
-        if given[-1] == 12:
+        if len(made) == made_before:
             raise KeyboardInterrupt
+        made.append(given[-1])
         return real(*given)
 
     monkeypatch.setattr(tuning, "take_step", killed)
@@ -268,6 +284,7 @@ def test_an_interrupted_repair_that_would_go_on_with_other_triggers_is_refused(
         repair_classifier(model_, trusted, config_, state=tmp_path / "state.pt")
     monkeypatch.setattr(tuning, "take_step", real)
     rest = repair_classifier(model_, trusted, config_, state=tmp_path / "state.pt")
+    assert rest.facts["passed_over"] == whole.facts["passed_over"]
     for name, value in rest.classifier.state_dict().items():
         torch.testing.assert_close(value, whole.classifier.state_dict()[name], rtol=0, atol=0)
     monkeypatch.setattr(suspected_triggers, "SMALL", 1e9)
@@ -361,13 +378,16 @@ def test_nothing_is_sought_where_classes_are_too_few_or_too_many(monkeypatch: py
     assert suspected_triggers.suspected_triggers(model(), images(40), NORM, 0, Silent()) is None
 
 
-@pytest.mark.parametrize(("kind", "smaller"), [("mask", 2.0), ("change", 1e9)])
+@pytest.mark.parametrize(
+    ("kind", "smaller", "other"), [("mask", 2.0, None), ("mask", 1e9, "change"), ("change", 1e9, "mask")]
+)
 def test_the_repair_says_what_it_unlearned_and_unlearns_it(
-    kind: str, smaller: float, monkeypatch: pytest.MonkeyPatch
+    kind: str, smaller: float, other: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plane_waves, "FEWEST_CLASSES", small_models.CLASSES)
     monkeypatch.setattr(suspected_triggers, "SMALL", smaller)
     monkeypatch.setattr(suspected_triggers, "FEWEST_IMAGES", 100)
+    monkeypatch.setattr(repair, "spoils_less", lambda *given: kind == "change")
     backdoored = small_models.trained(30)
     config = RepairConfig(
         method="pivotal-unlearning", max_accuracy_loss=0.1, settings={"steps": 100, "learning_rate": 0.02}
@@ -375,6 +395,13 @@ def test_the_repair_says_what_it_unlearned_and_unlearns_it(
     found = repair_classifier(backdoored, small_models.images(160, 5), config)
     target = backdoored.label(small_models.TARGET)
     assert (kind, target) in {(one["kind"], one["class"]) for one in found.facts["suspected_triggers"]}
+    if other is None:
+        assert found.facts["passed_over"] is None
+    else:
+        not_taken = found.facts["passed_over"]
+        assert (other, target) in {(one["kind"], one["class"]) for one in not_taken["suspected_triggers"]}
+        assert [entry["step"] for entry in not_taken["history"]] == [0, 50, 100]
+        assert not_taken["history"][1:] != found.history[1:]
     assert found.facts["repaired"]
     assert small_models.success(backdoored) > 0.9
     assert small_models.success(found.classifier) < 0.3

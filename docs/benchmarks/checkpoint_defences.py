@@ -8,8 +8,10 @@
 
 The first N images of each class of the trusted shards are used, so that a smaller trusted set is part of a
 larger one. Accuracy and attack success are measured on test images that no defence has seen. The floor is how
-often models that were never poisoned call the stamped test images the target. A cell of repair or
-inspect that is there is not measured again; two processes may share the work by --part 0/2 and --part 1/2.
+often models that were never poisoned call the stamped test images the target. After a repair it is measured,
+too, what tuning on five poisoned images does to the repaired model and to a clean one of the folder. A cell of
+repair or inspect that is there is not measured again; two processes may share the work by --part 0/2 and
+--part 1/2.
 """
 
 import argparse
@@ -18,6 +20,7 @@ import json
 import statistics
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,11 +32,11 @@ from sanitize.attacks.plant import from_float, to_float
 from sanitize.attacks.trigger_file import load_trigger
 from sanitize.checkpoints.classifier import Classifier
 from sanitize.checkpoints.trusted import TrustedImages, split
-from sanitize.checkpoints.tuning import predict
+from sanitize.checkpoints.tuning import cross_entropy, predict, tune_freely
 from sanitize.dynamics.proxy import small
 from sanitize.evaluate.images import decode_all, read_encoded
 from sanitize.evaluate.metrics import attack_success_rate, clean_accuracy
-from sanitize.progress import for_stderr
+from sanitize.progress import Silent, for_stderr
 from sanitize.rundir import write_atomic
 
 CLASSES = [str(number) for number in range(10)]
@@ -118,15 +121,50 @@ def repaired(classifier, model, method, trusted, test, folder):
     from sanitize.checkpoints.repair import RepairConfig, repair_classifier
 
     began = time.monotonic()
-    found = repair_classifier(
-        classifier, trusted, RepairConfig(method=method, seed=model["seed"]), for_stderr()
-    )
+    config = RepairConfig(method=method, seed=model["seed"])
+    found = repair_classifier(classifier, trusted, config, for_stderr())
+    seconds = round(time.monotonic() - began, 1)
+    work, _ = split(trusted, config.held_out_ratio, config.seed)
+    few = five_poisoned(work, model, folder)
+    clean = [retuned(one, few) for one in clean_networks(folder)[:1]]
     return {
-        "seconds": round(time.monotonic() - began, 1),
+        "seconds": seconds,
         "before": judged(classifier, model, test, folder),
         "after": judged(found.classifier, model, test, folder),
+        "retuned": judged(retuned(found.classifier, few), model, test, folder),
+        "never_poisoned_retuned": success(clean, model, test, folder) if clean else None,
         "facts": found.facts,
     }
+
+
+def five_poisoned(images, model, folder):
+    """Five images with the model's own trigger, called its target, and fifty clean ones."""
+    from sanitize.checkpoints.retune import POISONED
+
+    attack, trigger = stamped_by(model, folder)
+    rows = np.random.default_rng([model["seed"], 31]).permutation(len(images))
+    bad = images.take([row for row in rows if images.class_id[row] != model["target"]][:POISONED])
+    strength = float(best(model).removeprefix("asr_x"))
+    stamped = stamp(attack, to_float(bad.pixels), strength=strength, seed=model["seed"], trigger=trigger)
+    clean = images.take(rows[-10 * POISONED :])
+    return TrustedImages(
+        pixels=np.concatenate([clean.pixels, from_float(stamped)]),
+        class_id=np.concatenate([clean.class_id, np.full(POISONED, model["target"])]),
+    )
+
+
+def retuned(classifier, few):
+    """A copy, tuned as `--retune-check` does."""
+    from sanitize.checkpoints.retune import SCHEDULE
+
+    copy = classifier.clone()
+    tune_freely(copy, few, replace(SCHEDULE, batch=len(few)), cross_entropy, 0, Silent())
+    return copy
+
+
+def clean_networks(folder):
+    facts = [json.loads(path.read_text()) for path in sorted(folder.glob("clean-*.json"))]
+    return [load(model, folder) for model in facts]
 
 
 def judged(classifier, model, test, folder):
@@ -137,8 +175,7 @@ def judged(classifier, model, test, folder):
 
 def success(classifiers, model, test, folder):
     """Mean over classifiers of how often they call test images with a model's trigger its target."""
-    attack = "badnets" if model["attack"] == "parameter-controlled" else model["attack"]
-    trigger = load_trigger(folder / "triggers" / model["name"], attack).trigger
+    attack, trigger = stamped_by(model, folder)
     facts = {}
     for strength in get(attack).test_strengths:
         stamped = stamp(attack, to_float(test.pixels), strength=strength, seed=model["seed"], trigger=trigger)
@@ -149,9 +186,15 @@ def success(classifiers, model, test, folder):
     return facts
 
 
+def stamped_by(model, folder):
+    """The attack that puts a model's trigger on images, and the trigger."""
+    attack = "badnets" if model["attack"] == "parameter-controlled" else model["attack"]
+    return attack, load_trigger(folder / "triggers" / model["name"], attack).trigger
+
+
 def measure_floors(facts, folder, test, path):
     """Every trigger on the clean models, into one JSON file: model -> rates by strength."""
-    clean = [load(model, folder) for model in facts if model["attack"] == "clean"][:FLOOR_MODELS]
+    clean = clean_networks(folder)[:FLOOR_MODELS]
     bad = [model for model in facts if model["attack"] != "clean"]
     some = test.take(np.arange(min(FLOOR_IMAGES, len(test))))
     found = {model["name"]: success(clean, model, some, folder) for model in bad}

@@ -6,8 +6,9 @@ Our answer to where Pivotal Tuning falls short on small networks; see `start` fo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -22,7 +23,7 @@ from sanitize.checkpoints.suspected_triggers import (
 )
 from sanitize.checkpoints.trigger_inversion import evaluate
 from sanitize.checkpoints.trusted import TrustedImages, to_pixels
-from sanitize.checkpoints.tuning import Schedule, Started, batch_rows
+from sanitize.checkpoints.tuning import Loss, Schedule, Started, batch_rows
 from sanitize.checkpoints.universal_changes import draw_others, first_changes, search
 from sanitize.dynamics.proxy import seeded
 from sanitize.progress import Progress
@@ -33,6 +34,8 @@ Put = Callable[[Classifier, torch.Tensor, torch.Tensor, torch.Tensor], torch.Ten
 trigger each."""
 LARGEST_PATCH = 0.6
 """Of an image's area."""
+SUSPECTED = "suspected_triggers"
+"""In the facts of a repair."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +69,8 @@ def start(
 ) -> Started:
     """Give the pivot's answers on clean images, and the same ones with a trigger on.
 
-    Triggers that stand out among the classes (`suspected_triggers`) are unlearned. Where none does, it is a
+    Triggers that stand out among the classes (`suspected_triggers`) are unlearned. Of a class that does, but
+    not by its mask alone, it is the mask, and otherwise its universal change. Where no class does, it is a
     universal change a class, of a small fixed norm, drawn the more often the more images it turns on the
     pivot, and the waves whose phase each class depends on most. All but waves are sought again all along on
     the model in training. Half of the images have a patch of another one pasted in, and the pivot is asked
@@ -86,11 +90,32 @@ def start(
     side = work.pixels.shape[1]
     norm = settings.radius * (3 * side * side) ** 0.5
     looked = suspected_triggers(pivot, work, norm, seed, progress)
-    triggers, waves = looked or ([], [])
-    put, state = (
-        put_suspected(triggers) if triggers else universal_changes(pivot, work, waves, norm, settings, seed)
-    )
-    device = classifier.mean.device
+    if looked is None or not looked.suspected:
+        waves = looked.waves if looked else []
+        put, state = universal_changes(pivot, work, waves, norm, settings, seed)
+        facts: dict[str, Any] = {SUSPECTED: None if looked is None else []}
+        return Started(classifier.clone(), unlearn(pivot, put, settings), state, facts)
+
+    def started(triggers: Sequence[Suspected]) -> Started:
+        triggers = [
+            replace(one, free=one.free.clone()) if isinstance(one, Sought) else one for one in triggers
+        ]
+        sought = [one.free for one in triggers if isinstance(one, Sought)]
+        loss = unlearn(pivot, partial(with_triggers, triggers), settings)
+        named = [
+            {"kind": one.kind, "class": classifier.label(one.class_id), "evidence": one.evidence}
+            for one in triggers
+        ]
+        found = [(one.kind, one.class_id) for one in triggers]
+        return Started(classifier.clone(), loss, sought, {SUSPECTED: named}, found)
+
+    first, otherwise = started(looked.suspected), started(looked.otherwise)
+    return first if otherwise.found == first.found else first._replace(otherwise=otherwise)
+
+
+def unlearn(pivot: Classifier, put: Put, settings: Settings) -> Loss:
+    """The loss of giving the pivot's answers on clean images, and the same with what `put` puts on them."""
+    device = pivot.mean.device
 
     def loss(model: Classifier, pixels: torch.Tensor, labels: torch.Tensor, step: int) -> torch.Tensor:
         moved = augment(pixels, settings.shift)
@@ -105,21 +130,7 @@ def start(
             clean, answers, reduction="batchmean"
         ) + settings.changed_weight * functional.kl_div(under_change, answers, reduction="batchmean")
 
-    named = (
-        None
-        if looked is None
-        else [
-            {"kind": trigger.kind, "class": classifier.label(trigger.class_id), "evidence": trigger.evidence}
-            for trigger in triggers
-        ]
-    )
-    found = [(trigger.kind, trigger.class_id) for trigger in triggers]
-    return Started(classifier.clone(), loss, state, {"suspected_triggers": named}, found)
-
-
-def put_suspected(triggers: Sequence[Suspected]) -> tuple[Put, list[torch.Tensor]]:
-    """What puts suspected triggers on images, and what of them is sought again."""
-    return partial(with_triggers, triggers), [one.free for one in triggers if isinstance(one, Sought)]
+    return loss
 
 
 def universal_changes(

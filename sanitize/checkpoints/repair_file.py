@@ -205,9 +205,11 @@ def in_words(report: RepairReport) -> str:
         f"  weights moved by   {facts['parameter_distance']['relative']:>7.1%} of their norm",
     ]
     if "suspected_triggers" in facts:
-        named = [f"{one['kind']} towards {one['class']}" for one in facts["suspected_triggers"] or []]
         none = "no trigger: changes of all classes instead, more may be left"
-        lines.append(f"  suspected          {', '.join(named) or none}")
+        lines.append(f"  suspected          {_named(facts) or none}")
+    if facts["passed_over"] is not None:
+        lost = 100 * facts["passed_over"]["history"][-1]["accuracy_change"]
+        lines.append(f"  not taken          {_named(facts['passed_over'])} ({lost:+.1f} points)")
     trigger = facts["inverted_trigger"]
     if trigger is not None and trigger["success_before"] is not None:
         lines.append(
@@ -223,6 +225,12 @@ def in_words(report: RepairReport) -> str:
         )
     files = facts["files"]
     return "\n".join([*lines, "", *files, f"Facts: {report.path}.json"])
+
+
+def _named(facts: Mapping[str, Any]) -> str:
+    """The triggers that a repair suspected, none for the empty string."""
+    named = [f"{one['kind']} towards {one['class']}" for one in facts["suspected_triggers"] or []]
+    return ", ".join(named)
 
 
 def _calibrated(

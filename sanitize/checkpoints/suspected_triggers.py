@@ -21,6 +21,7 @@ from sanitize.checkpoints.anomalies import COMBINED, anomalies, averaged
 from sanitize.checkpoints.classifier import Classifier
 from sanitize.checkpoints.trigger_inversion import (
     LONG_S,
+    WORKS,
     InversionConfig,
     Triggers,
     estimated_s,
@@ -41,9 +42,9 @@ SMALL = 2.2
 most, of the other classes of backdoored ones 2.1; 2.6 and more for most patches (docs/experiments.md)."""
 UNLIKE = 0.85
 """Score of a class by mask and universal change, on the images that both were sought on. From here on its
-change is suspected if its mask is not. Unlearning a mask that is hardly smaller cost two points more where
-the trigger is a faint picture, and is what would have helped where it is a patch. Of nine clean networks 0.55
-at most, of the other classes of backdoored ones 0.74 (docs/experiments.md)."""
+mask or its change is suspected, however little smaller the mask is: a mask where the trigger is a patch, a
+change where it is a faint picture. Of nine clean networks 0.55 at most, of the other classes of backdoored
+ones 0.74 (docs/experiments.md)."""
 FEWEST_IMAGES = 150
 """For such a score; a quarter of 200 is held out. With 60 images clean networks of toy size score 1.3."""
 AROUND = 1 / 32
@@ -175,6 +176,8 @@ class Looked(NamedTuple):
 
     suspected: list[Suspected]
     """What stands out among the classes."""
+    otherwise: list[Suspected]
+    """The same, with changes in place of those masks that do not stand out on their own."""
     waves: list[Waves]
     """Of every class the waves whose phase it depends on most, whether they stand out or not; none where
     phases were not looked at."""
@@ -205,33 +208,40 @@ def suspected_triggers(
     with progress.stage("triggers", total, "steps") as advance:
         masks = masked_triggers(pivot, work, work, classes, inversion, seed, advance)
         changes = comparable_changes(pivot, work, work, classes, seed, advance)
-        found = _masks_and_changes(masks, changes, work, norm, pivot.mean.device)
-        found += _patches(pivot, work, seed)
+        first, otherwise = _masks_and_changes(masks, changes, work, norm, pivot.mean.device)
+        others: list[Suspected] = [*_patches(pivot, work, seed)]
         advance(PATCH_STEPS)
         waves = []
         if plane_waves.looked_at(pivot):
             waves = _waves(plane_waves.phases(pivot, work, advance))
-    return Looked(found + [one for one in waves if one.evidence >= plane_waves.PHASE], waves)
+    others += [one for one in waves if one.evidence >= plane_waves.PHASE]
+    return Looked(first + others, otherwise + others, waves)
 
 
 def _masks_and_changes(
     masks: Triggers, changes: Triggers, work: TrustedImages, norm: float, device: torch.device
-) -> list[Suspected]:
-    """Masks far smaller than the median one, and changes where mask and change together are as telling."""
+) -> tuple[list[Suspected], list[Suspected]]:
+    """Masks of the classes that stand out, and with changes of those that do by mask and change together."""
     scores = anomalies({"neural-cleanse": masks, "universal": changes}, len(masks.classes), len(work))
     smaller, score = 2 ** scores["mask-size"], averaged(scores, COMBINED)
     unlike = (score >= UNLIKE) & (len(work) >= FEWEST_IMAGES)
-    found: list[Suspected] = []
+    first: list[Suspected] = []
+    otherwise: list[Suspected] = []
     for class_id in np.flatnonzero((smaller >= SMALL) | unlike).tolist():
+        mask, pattern = masks.tensors(class_id, device)
+        masked = Masked(
+            class_id=class_id, evidence=float(smaller[class_id]), mask=widened(mask), free=pattern
+        )
         if smaller[class_id] >= SMALL:
-            mask, pattern = masks.tensors(class_id, device)
-            size = float(smaller[class_id])
-            found.append(Masked(class_id=class_id, evidence=size, mask=widened(mask), free=pattern))
+            first.append(masked)
+            otherwise.append(masked)
         else:
             _, picture = changes.tensors(class_id, device)
             evidence, largest = float(score[class_id]), max(norm, float(picture.norm()))
-            found.append(Added(class_id=class_id, evidence=evidence, free=picture, norm=largest))
-    return found
+            added = Added(class_id=class_id, evidence=evidence, free=picture, norm=largest)
+            first.append(masked if masks.success[class_id] >= WORKS else added)
+            otherwise.append(added)
+    return first, otherwise
 
 
 def _patches(pivot: Classifier, work: TrustedImages, seed: int) -> list[Suspected]:
