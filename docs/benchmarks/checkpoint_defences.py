@@ -9,7 +9,7 @@
 The first N images of each class of the trusted shards are used, so that a smaller trusted set is part of a
 larger one. Accuracy and attack success are measured on test images that no defence has seen. The floor is how
 often models that were never poisoned call the stamped test images the target. After a repair it is measured,
-too, what tuning on five poisoned images does to the repaired model and to a clean one of the folder. A cell of
+too, what tuning on five poisoned images does to the repaired model and to a clean one beside it. A cell of
 repair or inspect that is there is not measured again; two processes may share the work by --part 0/2 and
 --part 1/2.
 """
