@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,18 @@ def test_where_no_method_keeps_a_model_both_are_named(tmp_path: Path) -> None:
     words = in_words(repaired(tmp_path / "fixed.pt", settings, "auto", max_accuracy_loss=0.0))
     assert words.startswith("Not repaired: every model of pivotal-tuning and pivotal-unlearning clearly lost")
     assert "no trigger: changes of all classes instead, more may be left" in words
+
+
+def test_the_way_that_was_not_taken_is_named_with_what_it_cost(tmp_path: Path) -> None:
+    report = repaired(tmp_path / "fixed.pt", method="pivotal-unlearning")
+    assert report.facts["passed_over"] is None
+    assert "not taken" not in in_words(report)
+    change, mask = ({"kind": kind, "class": "cat", "evidence": 1.2} for kind in ("change", "mask"))
+    passed_over = {"suspected_triggers": [mask], "history": [{"accuracy_change": -0.042}]}
+    facts = report.facts | {"suspected_triggers": [change], "passed_over": passed_over}
+    words = in_words(replace(report, facts=facts)).splitlines()
+    assert "  suspected          change towards cat" in words
+    assert "  not taken          mask towards cat (-4.2 points)" in words
 
 
 @pytest.mark.parametrize("name", ["fixed.pt", "fixed.pt.json"])
