@@ -168,8 +168,10 @@ def test_a_class_that_depends_on_no_wave_has_waves_all_the_same() -> None:
 
 
 def test_where_nothing_is_suspected_waves_of_every_class_take_a_third_of_the_images() -> None:
+    white, black = ([[0, 0, phase]] for phase in (2, 0))
     waves = [
-        Waves(class_id=c, evidence=3.0, kinds=np.array([[0, 0, 2]]), weights=torch.ones(1)) for c in range(2)
+        Waves(class_id=c, evidence=evidence, kinds=np.array(kinds), weights=torch.ones(1))
+        for c, evidence, kinds in ((0, 6.0, white), (1, 2.0, black))  # the second is next to never drawn
     ]
     put, state = universal_changes(model(), images(40), waves, 1e-3, Settings(), 0)
     assert [one.shape[0] for one in state] == [CLASSES]
@@ -320,6 +322,8 @@ def test_kinds_are_drawn_alike_and_within_a_kind_by_the_square_of_the_evidence()
     patch = Patch(class_id=1, evidence=0.9, free=torch.rand(1, 3, 2, 2))
     found = chances([masked(2, 6.0), masked(3, 3.0), patch])
     torch.testing.assert_close(found, torch.tensor([0.8, 0.2, 1.0]))
+    more = chances([masked(2, 6.0), masked(3, 3.0), patch], focus=3.0)
+    torch.testing.assert_close(more, torch.tensor([8 / 9, 1 / 9, 1.0]))
 
 
 def test_a_trigger_goes_on_images_of_other_classes_and_is_sought_again() -> None:

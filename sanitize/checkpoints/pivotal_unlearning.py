@@ -58,6 +58,8 @@ class Settings:
     """Share of the images that get a patch of another one."""
     waves_ratio: float = 1 / 3
     """Share of the images that get a wave in place of a universal change, where nothing is suspected."""
+    waves_focus: float = 8.0
+    """Classes of these waves are drawn by this power of their phase dependence."""
 
 
 LARGE = Settings(schedule=Schedule(steps=2_000, learning_rate=5e-4, decay=True, measure_every=200))
@@ -163,7 +165,8 @@ def universal_changes(
         if not waves:
             return changed
         waved = torch.rand(len(pixels), 1, 1, 1, device=device) < settings.waves_ratio
-        return torch.where(waved, with_triggers(waves, model, pixels, sought_on, labels), changed)
+        laid = with_triggers(waves, model, pixels, sought_on, labels, settings.waves_focus)
+        return torch.where(waved, laid, changed)
 
     return put, [changes]
 

@@ -59,6 +59,8 @@ PATCHES = 8
 """Of a class that is suspected by its patch: an attacker may have several, and paste them all at once."""
 PATCH_STEPS = 30
 PATCH_BATCH = 128
+FOCUS = 2.0
+"""Of triggers of one kind each is drawn by this power of its evidence."""
 WAVES = 32
 """Most waves of a class that are taken for its trigger."""
 SHARPNESS = 16.0
@@ -350,18 +352,19 @@ def with_triggers(
     pixels: torch.Tensor,
     sought_on: torch.Tensor,
     labels: torch.Tensor,
+    focus: float = FOCUS,
 ) -> torch.Tensor:
     """(B, 3, R, R) images with a trigger each; images of the class of theirs stay as they are.
 
-    All kinds are drawn alike, and of a kind by the square of the evidence. All but waves are first sought
-    again, by one step, so that they go on working on the model in training.
+    Kinds and triggers are drawn as `chances` says. All but waves are first sought again, by one step, so that
+    they go on working on the model in training.
 
     Args:
         pixels: (B, 3, R, R) in [0, 1].
         sought_on: (B, 3, R, R) the images that a trigger is sought on, of the same `labels`.
         labels: (B,) int64.
     """
-    drawn = torch.multinomial(chances(triggers), len(labels), replacement=True).to(labels.device)
+    drawn = torch.multinomial(chances(triggers, focus), len(labels), replacement=True).to(labels.device)
     changed = pixels.clone()
     for place, trigger in enumerate(triggers):
         rows = torch.nonzero((drawn == place) & (labels != trigger.class_id)).squeeze(1)
@@ -372,12 +375,15 @@ def with_triggers(
     return changed
 
 
-def chances(triggers: Sequence[Suspected]) -> torch.Tensor:
-    """(T,) how often each trigger is drawn; they add up to the number of kinds."""
+def chances(triggers: Sequence[Suspected], focus: float = FOCUS) -> torch.Tensor:
+    """(T,) how often each trigger is drawn: kinds alike, and of a kind by this power of the evidence.
+
+    They add up to the number of kinds.
+    """
     total: dict[str, float] = {}
     for trigger in triggers:
-        total[trigger.kind] = total.get(trigger.kind, 0) + trigger.evidence**2
-    return torch.tensor([trigger.evidence**2 / total[trigger.kind] for trigger in triggers])
+        total[trigger.kind] = total.get(trigger.kind, 0) + trigger.evidence**focus
+    return torch.tensor([trigger.evidence**focus / total[trigger.kind] for trigger in triggers])
 
 
 def seek(trigger: Sought, model: Classifier, pixels: torch.Tensor) -> None:
