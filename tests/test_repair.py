@@ -118,7 +118,8 @@ def test_a_held_out_image_is_judged_moved_by_a_pixel_each_way() -> None:
     ("first", "other", "taken"),
     [
         ((-0.010, True), (0.005, True), "first"),
-        ((-0.030, True), (-0.005, True), "other"),
+        ((-0.030, True), (-0.009, True), "other"),
+        ((-0.030, True), (-0.011, True), "first"),
         ((-0.045, False), (-0.030, True), "other"),
         ((-0.045, False), (-0.020, False), "first"),
         ((-0.010, True), (-0.060, False), "first"),

@@ -172,7 +172,8 @@ def spoils_less(otherwise: Tuned, first: Tuned, max_accuracy_loss: float) -> boo
     """Whether to take another way: its last model is kept, and the first way's is not, or lost over Δ more.
 
     To keep the right answer under the trigger itself costs next to no accuracy, under something that images
-    of a class have by nature it does (docs/experiments.md).
+    of a class have by nature it does. In eight pairs of runs the first way had lost 1.4 to 6.8 points more
+    where it was the wrong one; where it was the right one from 1.0 more to 3.3 less (docs/experiments.md).
     """
     other, own = otherwise.history[-1], first.history[-1]
     worse = float(other["accuracy_change"] - own["accuracy_change"]) > max_accuracy_loss
