@@ -115,24 +115,31 @@ def test_a_held_out_image_is_judged_moved_by_a_pixel_each_way() -> None:
 
 
 @pytest.mark.parametrize(
-    ("first", "other", "taken"),
+    ("first", "first_kept", "other", "other_kept", "taken"),
     [
-        ((-0.010, True), (0.005, True), "first"),
-        ((-0.030, True), (-0.009, True), "other"),
-        ((-0.030, True), (-0.011, True), "first"),
-        ((-0.045, False), (-0.030, True), "other"),
-        ((-0.045, False), (-0.020, False), "first"),
-        ((-0.010, True), (-0.060, False), "first"),
+        ((-0.010, -0.010), 20, (0.005, 0.005), 20, "first"),
+        ((-0.010, -0.030), 20, (-0.030, -0.009), 20, "other"),
+        ((-0.010, -0.030), 20, (-0.030, -0.011), 20, "first"),
+        ((-0.010, -0.045), 10, (-0.040, -0.039), 20, "first"),
+        ((-0.050, -0.045), None, (-0.030, -0.041), 10, "other"),
+        ((-0.050, -0.045), None, (-0.045, -0.041), None, "first"),
+        ((-0.030, -0.035), 20, (-0.001, -0.041), None, "first"),
     ],
 )
-def test_another_way_is_taken_where_it_spoils_less(
-    first: tuple[float, bool], other: tuple[float, bool], taken: str
+def test_another_way_is_taken_where_what_it_keeps_spoils_less(
+    first: tuple[float, float],
+    first_kept: int | None,
+    other: tuple[float, float],
+    other_kept: int | None,
+    taken: str,
 ) -> None:
-    def ended(change: float, within: bool) -> Tuned:
-        history = [{"accuracy_change": 0.0, "within": True}, {"accuracy_change": change, "within": within}]
-        return Tuned(model=trained(30), step=None, history=history, stopped="steps")
+    def ended(changes: tuple[float, float], step: int | None) -> Tuned:
+        history = [
+            {"step": at, "accuracy_change": change} for at, change in zip((10, 20), changes, strict=True)
+        ]
+        return Tuned(model=trained(30), step=step, history=history, stopped="steps")
 
-    assert spoils_less(ended(*other), ended(*first), 0.02) == (taken == "other")
+    assert spoils_less(ended(other, other_kept), ended(first, first_kept)) == (taken == "other")
 
 
 def test_none_within_the_limit_gives_the_original_and_says_so() -> None:

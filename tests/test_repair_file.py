@@ -122,16 +122,22 @@ def test_where_no_method_keeps_a_model_both_are_named(tmp_path: Path) -> None:
     assert "no trigger: changes of all classes instead, more may be left" in words
 
 
-def test_the_way_that_was_not_taken_is_named_with_what_it_cost(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("what_it_gave", "cost"),
+    [({"accuracy_change": -0.042}, "-4.2 points"), ({"error": "…"}, "the loss was not finite")],
+)
+def test_the_way_that_was_not_taken_is_named_with_what_it_cost(
+    what_it_gave: dict[str, Any], cost: str, tmp_path: Path
+) -> None:
     report = repaired(tmp_path / "fixed.pt", method="pivotal-unlearning")
     assert report.facts["passed_over"] is None
-    assert "not taken" not in in_words(report)
-    change, mask = ({"kind": kind, "class": "cat", "evidence": 1.2} for kind in ("change", "mask"))
-    passed_over = {"suspected_triggers": [mask], "history": [{"accuracy_change": -0.042}]}
-    facts = report.facts | {"suspected_triggers": [change], "passed_over": passed_over}
+    assert "tried as well" not in in_words(report)
+    change, mask, patch = ({"kind": kind, "class": "cat"} for kind in ("change", "mask", "patch"))
+    passed_over = {"suspected_triggers": [mask, patch], **what_it_gave}
+    facts = report.facts | {"suspected_triggers": [change, patch], "passed_over": passed_over}
     words = in_words(replace(report, facts=facts)).splitlines()
-    assert "  suspected          change towards cat" in words
-    assert "  not taken          mask towards cat (-4.2 points)" in words
+    assert "  suspected          change towards cat, patch towards cat" in words
+    assert f"  tried as well      mask towards cat ({cost})" in words
 
 
 @pytest.mark.parametrize("name", ["fixed.pt", "fixed.pt.json"])

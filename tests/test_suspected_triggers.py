@@ -273,7 +273,7 @@ def test_an_interrupted_repair_that_would_go_on_with_other_triggers_is_refused(
     whole = repair_classifier(model_, trusted, config_)
     assert whole.facts["suspected_triggers"]
     assert (whole.facts["passed_over"] is None) == (smaller < 1e9)
-    real, made = tuning.take_step, []
+    real, made, again = tuning.take_step, [], []
 
     def killed(*given: Any) -> torch.Tensor:
         if len(made) == made_before:
@@ -284,8 +284,11 @@ def test_an_interrupted_repair_that_would_go_on_with_other_triggers_is_refused(
     monkeypatch.setattr(tuning, "take_step", killed)
     with pytest.raises(KeyboardInterrupt):
         repair_classifier(model_, trusted, config_, state=tmp_path / "state.pt")
-    monkeypatch.setattr(tuning, "take_step", real)
+    monkeypatch.setattr(tuning, "take_step", lambda *given: again.append(given[-1]) or real(*given))
     rest = repair_classifier(model_, trusted, config_, state=tmp_path / "state.pt")
+    saved = made_before % 20 - made_before % 5
+    ways = 1 if smaller < 1e9 or made_before > 20 else 2
+    assert again == [*range(saved, 20), *range(20)][: 20 * ways - saved], "goes on from the last state"
     assert rest.facts["passed_over"] == whole.facts["passed_over"]
     for name, value in rest.classifier.state_dict().items():
         torch.testing.assert_close(value, whole.classifier.state_dict()[name], rtol=0, atol=0)
@@ -322,6 +325,8 @@ def test_kinds_are_drawn_alike_and_within_a_kind_by_the_square_of_the_evidence()
     patch = Patch(class_id=1, evidence=0.9, free=torch.rand(1, 3, 2, 2))
     found = chances([masked(2, 6.0), masked(3, 3.0), patch])
     torch.testing.assert_close(found, torch.tensor([0.8, 0.2, 1.0]))
+    weak, least = chances([masked(2, 6.0), masked(3, 1.3)]), suspected_triggers.SMALL**2
+    torch.testing.assert_close(weak[1], torch.tensor(least / (36 + least)))
     more = chances([masked(2, 6.0), masked(3, 3.0), patch], focus=3.0)
     torch.testing.assert_close(more, torch.tensor([8 / 9, 1 / 9, 1.0]))
 
@@ -409,3 +414,22 @@ def test_the_repair_says_what_it_unlearned_and_unlearns_it(
     assert found.facts["repaired"]
     assert small_models.success(backdoored) > 0.9
     assert small_models.success(found.classifier) < 0.3
+
+
+def test_a_second_way_that_diverges_leaves_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plane_waves, "FEWEST_CLASSES", small_models.CLASSES)
+    monkeypatch.setattr(suspected_triggers, "SMALL", 1e9)
+    monkeypatch.setattr(suspected_triggers, "FEWEST_IMAGES", 100)
+    real, made = tuning.take_step, []
+
+    def diverging(*given: Any) -> torch.Tensor:
+        made.append(given[-1])
+        return real(*given) * (1.0 if len(made) <= 20 else torch.nan)
+
+    monkeypatch.setattr(tuning, "take_step", diverging)
+    config_ = RepairConfig(method="pivotal-unlearning", max_accuracy_loss=0.5, settings={"steps": 20})
+    facts = repair_classifier(small_models.trained(30), small_models.images(160, 5), config_).facts
+    assert facts["repaired"]
+    assert "mask" in {one["kind"] for one in facts["suspected_triggers"]}
+    assert "change" in {one["kind"] for one in facts["passed_over"]["suspected_triggers"]}
+    assert "the loss was not finite" in facts["passed_over"]["error"]

@@ -31,6 +31,7 @@ from sanitize.attacks import get, stamp
 from sanitize.attacks.plant import from_float, to_float
 from sanitize.attacks.trigger_file import load_trigger
 from sanitize.checkpoints.classifier import Classifier
+from sanitize.checkpoints.retune import POISONED, SCHEDULE
 from sanitize.checkpoints.trusted import TrustedImages, split
 from sanitize.checkpoints.tuning import cross_entropy, predict, tune_freely
 from sanitize.dynamics.proxy import small
@@ -126,7 +127,7 @@ def repaired(classifier, model, method, trusted, test, folder):
     seconds = round(time.monotonic() - began, 1)
     work, _ = split(trusted, config.held_out_ratio, config.seed)
     few = five_poisoned(work, model, folder)
-    clean = [retuned(one, few) for one in clean_networks(folder)[:1]]
+    clean = [retuned(one, few) for one in clean_networks(folder, 1)]
     return {
         "seconds": seconds,
         "before": judged(classifier, model, test, folder),
@@ -139,8 +140,6 @@ def repaired(classifier, model, method, trusted, test, folder):
 
 def five_poisoned(images, model, folder):
     """Five images with the model's own trigger, called its target, and fifty clean ones."""
-    from sanitize.checkpoints.retune import POISONED
-
     attack, trigger = stamped_by(model, folder)
     rows = np.random.default_rng([model["seed"], 31]).permutation(len(images))
     bad = images.take([row for row in rows if images.class_id[row] != model["target"]][:POISONED])
@@ -154,16 +153,14 @@ def five_poisoned(images, model, folder):
 
 
 def retuned(classifier, few):
-    """A copy, tuned as `--retune-check` does."""
-    from sanitize.checkpoints.retune import SCHEDULE
-
+    """A copy, tuned as `--retune-check` tunes."""
     copy = classifier.clone()
     tune_freely(copy, few, replace(SCHEDULE, batch=len(few)), cross_entropy, 0, Silent())
     return copy
 
 
-def clean_networks(folder):
-    facts = [json.loads(path.read_text()) for path in sorted(folder.glob("clean-*.json"))]
+def clean_networks(folder, most):
+    facts = [json.loads(path.read_text()) for path in sorted(folder.glob("clean-*.json"))[:most]]
     return [load(model, folder) for model in facts]
 
 
@@ -194,7 +191,7 @@ def stamped_by(model, folder):
 
 def measure_floors(facts, folder, test, path):
     """Every trigger on the clean models, into one JSON file: model -> rates by strength."""
-    clean = clean_networks(folder)[:FLOOR_MODELS]
+    clean = clean_networks(folder, FLOOR_MODELS)
     bad = [model for model in facts if model["attack"] != "clean"]
     some = test.take(np.arange(min(FLOOR_IMAGES, len(test))))
     found = {model["name"]: success(clean, model, some, folder) for model in bad}

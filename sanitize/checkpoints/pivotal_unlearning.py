@@ -34,8 +34,6 @@ Put = Callable[[Classifier, torch.Tensor, torch.Tensor, torch.Tensor], torch.Ten
 trigger each."""
 LARGEST_PATCH = 0.6
 """Of an image's area."""
-SUSPECTED = "suspected_triggers"
-"""In the facts of a repair."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,13 +69,13 @@ def start(
 ) -> Started:
     """Give the pivot's answers on clean images, and the same ones with a trigger on.
 
-    Triggers that stand out among the classes (`suspected_triggers`) are unlearned. Of a class that does, but
-    not by its mask alone, it is the mask, and otherwise its universal change. Where no class does, it is a
-    universal change a class, of a small fixed norm, drawn the more often the more images it turns on the
-    pivot, and the waves whose phase each class depends on most. All but waves are sought again all along on
-    the model in training. Half of the images have a patch of another one pasted in, and the pivot is asked
-    what it calls that: a few hundred images are soon known by heart, their mixtures are not. Networks run in
-    bfloat16 where the processor multiplies it faster, which takes half the time.
+    Triggers that stand out among the classes (`suspected_triggers`) are unlearned. For a class that does, but
+    not by its mask alone, there are two ways: with its mask, and with its universal change. Where no class
+    does, it is a universal change a class, of a small fixed norm, drawn the more often the more images it
+    turns on the pivot, and the waves whose phase each class depends on most. All but waves are sought again
+    all along on the model in training. Half of the images have a patch of another one pasted in, and the
+    pivot is asked what it calls that: a few hundred images are soon known by heart, their mixtures are not.
+    Networks run in bfloat16 where the processor multiplies it faster, which takes half the time.
 
     Why it differs from Pivotal Tuning, measured in docs/experiments.md: on networks of 0.3 million parameters
     hard labels of a few hundred images cost four points of accuracy within 50 steps, so the pivot's own
@@ -95,7 +93,7 @@ def start(
     if looked is None or not looked.suspected:
         waves = looked.waves if looked else []
         put, state = universal_changes(pivot, work, waves, norm, settings, seed)
-        facts: dict[str, Any] = {SUSPECTED: None if looked is None else []}
+        facts: dict[str, Any] = {"suspected_triggers": None if looked is None else []}
         return Started(classifier.clone(), unlearn(pivot, put, settings), state, facts)
 
     def started(triggers: Sequence[Suspected]) -> Started:
@@ -109,7 +107,7 @@ def start(
             for one in triggers
         ]
         found = [(one.kind, one.class_id) for one in triggers]
-        return Started(classifier.clone(), loss, sought, {SUSPECTED: named}, found)
+        return Started(classifier.clone(), loss, sought, {"suspected_triggers": named}, found)
 
     first, otherwise = started(looked.suspected), started(looked.otherwise)
     return first if otherwise.found == first.found else first._replace(otherwise=otherwise)

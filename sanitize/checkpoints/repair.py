@@ -38,7 +38,7 @@ from sanitize.checkpoints.tuning import (
     tune,
 )
 from sanitize.config import _require
-from sanitize.errors import InputError, UsageError
+from sanitize.errors import InputError, TrainingError, UsageError
 from sanitize.progress import Progress, Silent
 
 _METHODS: dict[str, ModuleType] = {
@@ -142,14 +142,14 @@ def repair_classifier(
         state=state,
     )
     started = _METHODS[config.method].start(classifier, work, settings, config.seed, progress)
-    started, tuned, passed_over = better_way(classifier, started, settings.schedule, task, progress)
+    started, tuned, not_taken = better_way(classifier, started, settings.schedule, task, progress)
     facts = {
         "method": config.method,
         "settings": dataclasses.asdict(settings),
         "max_accuracy_loss": config.max_accuracy_loss,
         "seed": config.seed,
         **started.facts,
-        "passed_over": passed_over,
+        "passed_over": not_taken,
         **compare(classifier, tuned, work, held_out, config.max_accuracy_loss),
         "seconds": round(time.monotonic() - began, 1),
     }
@@ -163,14 +163,20 @@ def better_way(
     tuned = tune(original, started, schedule, task, progress)
     if started.otherwise is None:
         return started, tuned, None
-    progress.note("the trigger may be of another kind: repaired again for that one, and the better is taken")
+    progress.note("the trigger may be of another kind; repaired again for that one")
     state = None if task.state is None else task.state.with_name(f"otherwise-{task.state.name}")
-    again = tune(original, started.otherwise, schedule, replace(task, state=state), progress)
-    ways = [(started, tuned), (started.otherwise, again)]
-    if spoils_less(again, tuned, task.max_accuracy_loss):
-        ways.reverse()
-    taken, (other, its) = ways
-    return *taken, {**other.facts, "history": its.history}
+    try:
+        again = tune(original, started.otherwise, schedule, replace(task, state=state), progress)
+    except TrainingError as error:
+        return started, tuned, {**started.otherwise.facts, "error": str(error)}
+    if spoils_less(again, tuned):
+        return started.otherwise, again, {**started.facts, **passed_over(tuned)}
+    return started, tuned, {**started.otherwise.facts, **passed_over(again)}
+
+
+def passed_over(way: Tuned) -> dict[str, Any]:
+    """Facts of a way that is not taken."""
+    return {"accuracy_change": way.change, "history": way.history}
 
 
 def settings_of(method: str, classes: int, changes: dict[str, float]) -> Any:

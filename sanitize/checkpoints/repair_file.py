@@ -206,10 +206,14 @@ def in_words(report: RepairReport) -> str:
     ]
     if "suspected_triggers" in facts:
         none = "no trigger: changes of all classes instead, more may be left"
-        lines.append(f"  suspected          {_named(facts) or none}")
-    if facts["passed_over"] is not None:
-        lost = 100 * facts["passed_over"]["history"][-1]["accuracy_change"]
-        lines.append(f"  not taken          {_named(facts['passed_over'])} ({lost:+.1f} points)")
+        lines.append(f"  suspected          {', '.join(_suspected(facts)) or none}")
+    other = facts["passed_over"]
+    if other is not None:
+        instead = [name for name in _suspected(other) if name not in _suspected(facts)]
+        cost = (
+            "the loss was not finite" if "error" in other else f"{100 * other['accuracy_change']:+.1f} points"
+        )
+        lines.append(f"  tried as well      {', '.join(instead)} ({cost})")
     trigger = facts["inverted_trigger"]
     if trigger is not None and trigger["success_before"] is not None:
         lines.append(
@@ -227,10 +231,9 @@ def in_words(report: RepairReport) -> str:
     return "\n".join([*lines, "", *files, f"Facts: {report.path}.json"])
 
 
-def _named(facts: Mapping[str, Any]) -> str:
-    """The triggers that a repair suspected, none for the empty string."""
-    named = [f"{one['kind']} towards {one['class']}" for one in facts["suspected_triggers"] or []]
-    return ", ".join(named)
+def _suspected(facts: Mapping[str, Any]) -> list[str]:
+    """The triggers that a repair suspected."""
+    return [f"{one['kind']} towards {one['class']}" for one in facts["suspected_triggers"] or []]
 
 
 def _calibrated(

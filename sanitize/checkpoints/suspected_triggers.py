@@ -211,7 +211,7 @@ def suspected_triggers(
         masks = masked_triggers(pivot, work, work, classes, inversion, seed, advance)
         changes = comparable_changes(pivot, work, work, classes, seed, advance)
         first, otherwise = _masks_and_changes(masks, changes, work, norm, pivot.mean.device)
-        others: list[Suspected] = [*_patches(pivot, work, seed)]
+        others = _patches(pivot, work, seed)
         advance(PATCH_STEPS)
         waves = []
         if plane_waves.looked_at(pivot):
@@ -223,7 +223,7 @@ def suspected_triggers(
 def _masks_and_changes(
     masks: Triggers, changes: Triggers, work: TrustedImages, norm: float, device: torch.device
 ) -> tuple[list[Suspected], list[Suspected]]:
-    """Masks of the classes that stand out, and with changes of those that do by mask and change together."""
+    """What stands out by mask, or by mask and change together; and with changes alone of the latter."""
     scores = anomalies({"neural-cleanse": masks, "universal": changes}, len(masks.classes), len(work))
     smaller, score = 2 ** scores["mask-size"], averaged(scores, COMBINED)
     unlike = (score >= UNLIKE) & (len(work) >= FEWEST_IMAGES)
@@ -378,12 +378,16 @@ def with_triggers(
 def chances(triggers: Sequence[Suspected], focus: float = FOCUS) -> torch.Tensor:
     """(T,) how often each trigger is drawn: kinds alike, and of a kind by this power of the evidence.
 
-    They add up to the number of kinds.
+    They add up to the number of kinds. A mask that is suspected for its class's score counts as `SMALL`, so
+    that it is drawn beside others.
     """
     total: dict[str, float] = {}
+    parts = []
     for trigger in triggers:
-        total[trigger.kind] = total.get(trigger.kind, 0) + trigger.evidence**focus
-    return torch.tensor([trigger.evidence**focus / total[trigger.kind] for trigger in triggers])
+        least = SMALL if isinstance(trigger, Masked) else 0.0
+        parts.append(max(trigger.evidence, least) ** focus)
+        total[trigger.kind] = total.get(trigger.kind, 0) + parts[-1]
+    return torch.tensor([part / total[one.kind] for part, one in zip(parts, triggers, strict=True)])
 
 
 def seek(trigger: Sought, model: Classifier, pixels: torch.Tensor) -> None:

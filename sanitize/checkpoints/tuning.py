@@ -26,6 +26,9 @@ from sanitize.rundir import disk_errors, write_atomic
 
 MOMENTUM = 0.9
 """With Nesterov's look-ahead, for every method; the paper names plain SGD, its reference code has this."""
+MISTAKEN = 0.02
+"""Held-out accuracy that unlearning the wrong trigger loses more than the right one; 125 images measure the
+difference to about 2 points."""
 SAVE_EVERY = 4
 """Measurements between two saved states of a run that can be resumed."""
 
@@ -95,7 +98,7 @@ class Started(NamedTuple):
     found: Sequence[Sequence[Any]] = ()
     """Of that, what an interrupted run has to find again, in plain values."""
     otherwise: Started | None = None
-    """Another way, to be taken where this one spoils clearly more of the accuracy (`spoils_less`)."""
+    """Another way, to be tuned as well and taken where it spoils clearly less (`spoils_less`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +114,12 @@ class Tuned:
     its change and the standard error of that, and whether that is within Δ."""
     stopped: str
     """``accuracy``: fell clearly by more than Δ; ``steps``: all were made."""
+
+    @property
+    def change(self) -> float:
+        """Of held-out accuracy, of the model that is kept, or of the last one where none is."""
+        kept = next((entry for entry in self.history if entry["step"] == self.step), self.history[-1])
+        return float(kept["accuracy_change"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,16 +177,15 @@ def tune(original: Classifier, started: Started, schedule: Schedule, task: Task,
     return Tuned(model=model, step=run.best_step, history=run.history, stopped=stopped)
 
 
-def spoils_less(otherwise: Tuned, first: Tuned, max_accuracy_loss: float) -> bool:
-    """Whether to take another way: its last model is kept, and the first way's is not, or lost over Δ more.
+def spoils_less(otherwise: Tuned, first: Tuned) -> bool:
+    """Whether to take another way: it kept a model, and the first way none, or one that lost `MISTAKEN` more.
 
     To keep the right answer under the trigger itself costs next to no accuracy, under something that images
-    of a class have by nature it does. In eight pairs of runs the first way had lost 1.4 to 6.8 points more
-    where it was the wrong one; where it was the right one from 1.0 more to 3.3 less (docs/experiments.md).
+    of a class have by nature it does. Of ten pairs of runs this is right in nine (docs/experiments.md).
     """
-    other, own = otherwise.history[-1], first.history[-1]
-    worse = float(other["accuracy_change"] - own["accuracy_change"]) > max_accuracy_loss
-    return bool(other["within"]) and (worse or not own["within"])
+    if otherwise.step is None or first.step is None:
+        return otherwise.step is not None
+    return bool(otherwise.change - first.change > MISTAKEN)
 
 
 class _Run:
