@@ -58,7 +58,9 @@ def main():
     parser.add_argument("trusted_shards")
     parser.add_argument("test_shards")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--methods", default="pivotal-tuning")
+    parser.add_argument(
+        "--methods", help="by default pivotal-tuning, and combined,calibrated-trigger-inversion"
+    )
     parser.add_argument("--trusted", default="500")
     parser.add_argument("--part", default="0/1")
     asked = parser.parse_args()
@@ -76,7 +78,8 @@ def main():
     if asked.what == "floor":
         measure_floors(facts, asked.models, read(asked.test_shards), asked.out / "floor.json")
         return
-    methods = asked.methods.split(",") if asked.what == "repair" else ["all"]
+    looks = (asked.methods or "combined,calibrated-trigger-inversion").split(",")
+    methods = (asked.methods or "pivotal-tuning").split(",") if asked.what == "repair" else ["all"]
     own, parts = (int(number) for number in asked.part.split("/"))
     cells = list(itertools.product(facts, methods, asked.trusted.split(",")))[own::parts]
     trusted, test = read(asked.trusted_shards), read(asked.test_shards)
@@ -91,7 +94,7 @@ def main():
             measured = (
                 repaired(classifier, model, method, chosen, test, asked.models)
                 if asked.what == "repair"
-                else inspected(classifier, chosen)
+                else inspected(classifier, chosen, looks)
             )
             cell = {"model": model, "method": method, "trusted": int(count), **measured}
             write_atomic(path, json.dumps(cell, indent=1).encode())
@@ -199,8 +202,8 @@ def measure_floors(facts, folder, test, path):
     write_atomic(path, json.dumps(found, indent=1).encode())
 
 
-def inspected(classifier, trusted):
-    """Scores of every method and class; quick statistics come with each, Neural Cleanse with masks.
+def inspected(classifier, trusted, methods):
+    """Scores of the methods by class; quick statistics come with each, Neural Cleanse with masks.
 
     What the network makes of plane waves is kept whole, for it to be a reference for others.
     """
@@ -208,7 +211,7 @@ def inspected(classifier, trusted):
     from sanitize.checkpoints.inspect import InspectConfig, inspect_classifier
 
     found, seconds = {}, {}
-    for method in ("combined", "calibrated-trigger-inversion"):
+    for method in methods:
         began = time.monotonic()
         result = inspect_classifier(classifier, trusted, InspectConfig(method=method), for_stderr())
         seconds[method] = round(time.monotonic() - began, 1)
@@ -305,6 +308,8 @@ def verdict_table(clean, bad):
     attacks = attacks_of(bad)
     rows = []
     for method, bound in THRESHOLDS.items():
+        if method not in clean[0]["scores"]:
+            continue
         over = [cell for cell in bad if cell["scores"][method] > bound.value]
         named = sum(cell["highest"][method] == cell["model"]["target"] for cell in over)
         false = sum(cell["scores"][method] > bound.value for cell in clean)
