@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from small_models import CLASSES, images, success, trained
 
-from sanitize.checkpoints import tuning
+from sanitize.checkpoints import repair, tuning
 from sanitize.checkpoints.classifier import Classifier
 from sanitize.checkpoints.fine_pruning import last_convolution
 from sanitize.checkpoints.neural_attention_distillation import stage_names
 from sanitize.checkpoints.pivotal_unlearning import with_patches
 from sanitize.checkpoints.repair import RepairConfig, Repaired, methods, repair_classifier, settings_of
 from sanitize.checkpoints.trusted import TrustedImages
-from sanitize.checkpoints.tuning import Tuned, accuracy, spoils_less
+from sanitize.checkpoints.tuning import Started, Tuned, accuracy, spoils_less
 from sanitize.errors import InputError, UsageError
+from sanitize.progress import Silent
 
 SHORT = {"steps": 60, "measure_every": 20}
 
@@ -139,7 +141,41 @@ def test_another_way_is_taken_where_what_it_keeps_spoils_less(
         ]
         return Tuned(model=trained(30), step=step, history=history, stopped="steps")
 
-    assert spoils_less(ended(other, other_kept), ended(first, first_kept)) == (taken == "other")
+    assert spoils_less(ended(other, other_kept), ended(first, first_kept), 0.02) == (taken == "other")
+
+
+@pytest.mark.parametrize(
+    ("changes", "taken"),
+    [((-0.01, -0.03), 0), ((-0.04, -0.01), 1), ((-0.04, -0.03, -0.05), 0), ((-0.03, -0.04, -0.02), 2)],
+)
+def test_a_third_way_is_tuned_where_neither_of_two_will_do(
+    changes: tuple[float, ...], taken: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ways = trained(30), None
+    for number in (2, 1, 0):
+        ways = Started(model, tuning.cross_entropy, (), {"number": number}, otherwise=ways)
+    states = []
+
+    def tune(
+        original: Classifier, started: Started, schedule: Any, task: tuning.Task, progress: Any
+    ) -> Tuned:
+        number = started.facts["number"]
+        states.append(task.state)
+        history = [{"step": 20, "accuracy_change": changes[number]}]
+        return Tuned(model=model, step=20, history=history, stopped="steps")
+
+    monkeypatch.setattr(repair, "tune", tune)
+    task = tuning.Task(
+        work=images(8, 1), held_out=images(8, 2), max_accuracy_loss=0.02, seed=0, state=Path("state.pt")
+    )
+    schedule = tuning.Schedule(steps=20, learning_rate=1.0)
+    assert ways is not None
+    way, tuned, passed_over = repair.best_way(model, ways, schedule, task, Silent())
+    assert way.facts["number"] == taken
+    assert tuned.change == changes[taken]
+    assert sorted(one["number"] for one in passed_over) == sorted({*range(len(changes))} - {taken})
+    assert all(one["accuracy_change"] == changes[one["number"]] for one in passed_over)
+    assert len(set(states)) == len(changes), "a state file each"
 
 
 def test_none_within_the_limit_gives_the_original_and_says_so() -> None:

@@ -130,14 +130,16 @@ def test_the_way_that_was_not_taken_is_named_with_what_it_cost(
     what_it_gave: dict[str, Any], cost: str, tmp_path: Path
 ) -> None:
     report = repaired(tmp_path / "fixed.pt", method="pivotal-unlearning")
-    assert report.facts["passed_over"] is None
+    assert report.facts["passed_over"] == []
     assert "tried as well" not in in_words(report)
     change, mask, patch = ({"kind": kind, "class": "cat"} for kind in ("change", "mask", "patch"))
     passed_over = {"suspected_triggers": [mask, patch], **what_it_gave}
-    facts = report.facts | {"suspected_triggers": [change, patch], "passed_over": passed_over}
+    all_classes = {"suspected_triggers": [], **what_it_gave}
+    facts = report.facts | {"suspected_triggers": [change, patch], "passed_over": [passed_over, all_classes]}
     words = in_words(replace(report, facts=facts)).splitlines()
     assert "  suspected          change towards cat, patch towards cat" in words
     assert f"  tried as well      mask towards cat ({cost})" in words
+    assert f"  tried as well      changes of all classes ({cost})" in words
 
 
 @pytest.mark.parametrize("name", ["fixed.pt", "fixed.pt.json"])

@@ -272,7 +272,7 @@ def test_an_interrupted_repair_that_would_go_on_with_other_triggers_is_refused(
     config_ = RepairConfig(method="pivotal-unlearning", max_accuracy_loss=0.5, settings=settings)
     whole = repair_classifier(model_, trusted, config_)
     assert whole.facts["suspected_triggers"]
-    assert (whole.facts["passed_over"] is None) == (smaller < 1e9)
+    assert len(whole.facts["passed_over"]) == (smaller == 1e9)
     real, made, again = tuning.take_step, [], []
 
     def killed(*given: Any) -> torch.Tensor:
@@ -405,9 +405,9 @@ def test_the_repair_says_what_it_unlearned_and_unlearns_it(
     target = backdoored.label(small_models.TARGET)
     assert (kind, target) in {(one["kind"], one["class"]) for one in found.facts["suspected_triggers"]}
     if other is None:
-        assert found.facts["passed_over"] is None
+        assert found.facts["passed_over"] == []
     else:
-        not_taken = found.facts["passed_over"]
+        (not_taken,) = found.facts["passed_over"]
         assert (other, target) in {(one["kind"], one["class"]) for one in not_taken["suspected_triggers"]}
         assert [entry["step"] for entry in not_taken["history"]] == [0, 50, 100]
         assert not_taken["history"][1:] != found.history[1:]
@@ -431,5 +431,23 @@ def test_a_second_way_that_diverges_leaves_the_first(monkeypatch: pytest.MonkeyP
     facts = repair_classifier(small_models.trained(30), small_models.images(160, 5), config_).facts
     assert facts["repaired"]
     assert "mask" in {one["kind"] for one in facts["suspected_triggers"]}
-    assert "change" in {one["kind"] for one in facts["passed_over"]["suspected_triggers"]}
-    assert "the loss was not finite" in facts["passed_over"]["error"]
+    (other,) = facts["passed_over"]
+    assert "change" in {one["kind"] for one in other["suspected_triggers"]}
+    assert "the loss was not finite" in other["error"]
+
+
+def test_where_neither_mask_nor_change_will_do_changes_of_all_classes_are_unlearned(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(plane_waves, "FEWEST_CLASSES", small_models.CLASSES)
+    monkeypatch.setattr(suspected_triggers, "SMALL", 1e9)
+    monkeypatch.setattr(suspected_triggers, "FEWEST_IMAGES", 100)
+    monkeypatch.setattr(suspected_triggers, "PATCH_WORKS", 1e9)
+    monkeypatch.setattr(repair, "MISTAKEN", -1.0)  # any loss is too large
+    config_ = RepairConfig(method="pivotal-unlearning", max_accuracy_loss=0.5, settings={"steps": 20})
+    given = small_models.trained(30), small_models.images(160, 5), config_
+    facts = repair_classifier(*given).facts
+    ways = [facts["suspected_triggers"], *(one["suspected_triggers"] for one in facts["passed_over"])]
+    kinds = [{one["kind"] for one in triggers} for triggers in ways]
+    assert len(kinds) == 3
+    assert all(kind in kinds for kind in (set(), {"mask"}, {"change"}))

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from sanitize.checkpoints.classifier import Classifier
 from sanitize.checkpoints.suspected_triggers import (
+    Added,
     Sought,
     Suspected,
     Waves,
@@ -71,11 +72,12 @@ def start(
 
     Triggers that stand out among the classes (`suspected_triggers`) are unlearned. For a class that does, but
     not by its mask alone, there are two ways: with its mask, and with its universal change. Where no class
-    does, it is a universal change a class, of a small fixed norm, drawn the more often the more images it
-    turns on the pivot, and the waves whose phase each class depends on most. All but waves are sought again
-    all along on the model in training. Half of the images have a patch of another one pasted in, and the
-    pivot is asked what it calls that: a few hundred images are soon known by heart, their mixtures are not.
-    Networks run in bfloat16 where the processor multiplies it faster, which takes half the time.
+    does, and third where nothing but such classes do, it is a universal change a class, of a small fixed
+    norm, drawn the more often the more images it turns on the pivot, and the waves whose phase each class
+    depends on most. All but waves are sought again all along on the model in training. Half of the images
+    have a patch of another one pasted in, and the pivot is asked what it calls that: a few hundred images are
+    soon known by heart, their mixtures are not. Networks run in bfloat16 where the processor multiplies it
+    faster, which takes half the time.
 
     Why it differs from Pivotal Tuning, measured in docs/experiments.md: on networks of 0.3 million parameters
     hard labels of a few hundred images cost four points of accuracy within 50 steps, so the pivot's own
@@ -90,7 +92,8 @@ def start(
     side = work.pixels.shape[1]
     norm = settings.radius * (3 * side * side) ** 0.5
     looked = suspected_triggers(pivot, work, norm, seed, progress)
-    if looked is None or not looked.suspected:
+
+    def of_all_classes() -> Started:
         waves = looked.waves if looked else []
         put, state = universal_changes(pivot, work, waves, norm, settings, seed)
         facts: dict[str, Any] = {"suspected_triggers": None if looked is None else []}
@@ -109,8 +112,14 @@ def start(
         found = [(one.kind, one.class_id) for one in triggers]
         return Started(classifier.clone(), loss, sought, {"suspected_triggers": named}, found)
 
+    if looked is None or not looked.suspected:
+        return of_all_classes()
     first, otherwise = started(looked.suspected), started(looked.otherwise)
-    return first if otherwise.found == first.found else first._replace(otherwise=otherwise)
+    if otherwise.found == first.found:
+        return first
+    if all(isinstance(one, Added) for one in looked.otherwise):
+        otherwise = otherwise._replace(otherwise=of_all_classes())
+    return first._replace(otherwise=otherwise)
 
 
 def unlearn(pivot: Classifier, put: Put, settings: Settings) -> Loss:

@@ -27,6 +27,7 @@ from sanitize.checkpoints import (
 from sanitize.checkpoints.classifier import Classifier
 from sanitize.checkpoints.trusted import TrustedImages, split
 from sanitize.checkpoints.tuning import (
+    MISTAKEN,
     Schedule,
     Started,
     Task,
@@ -142,41 +143,46 @@ def repair_classifier(
         state=state,
     )
     started = _METHODS[config.method].start(classifier, work, settings, config.seed, progress)
-    started, tuned, not_taken = better_way(classifier, started, settings.schedule, task, progress)
+    started, tuned, passed_over = best_way(classifier, started, settings.schedule, task, progress)
     facts = {
         "method": config.method,
         "settings": dataclasses.asdict(settings),
         "max_accuracy_loss": config.max_accuracy_loss,
         "seed": config.seed,
         **started.facts,
-        "passed_over": not_taken,
+        "passed_over": passed_over,
         **compare(classifier, tuned, work, held_out, config.max_accuracy_loss),
         "seconds": round(time.monotonic() - began, 1),
     }
     return Repaired(classifier=tuned.model, history=tuned.history, facts=facts)
 
 
-def better_way(
+def best_way(
     original: Classifier, started: Started, schedule: Schedule, task: Task, progress: Progress
-) -> tuple[Started, Tuned, dict[str, Any] | None]:
-    """Tune, and tune the other way where a method has two; the one that is taken, and facts of the other."""
-    tuned = tune(original, started, schedule, task, progress)
-    if started.otherwise is None:
-        return started, tuned, None
-    progress.note("the trigger may be of another kind; repaired again for that one")
-    state = None if task.state is None else task.state.with_name(f"otherwise-{task.state.name}")
-    try:
-        again = tune(original, started.otherwise, schedule, replace(task, state=state), progress)
-    except TrainingError as error:
-        return started, tuned, {**started.otherwise.facts, "error": str(error)}
-    if spoils_less(again, tuned):
-        return started.otherwise, again, {**started.facts, **passed_over(tuned)}
-    return started, tuned, {**started.otherwise.facts, **passed_over(again)}
+) -> tuple[Started, Tuned, list[dict[str, Any]]]:
+    """Tune in each way that there is reason to; the one that is taken, and facts of the others.
 
-
-def passed_over(way: Tuned) -> dict[str, Any]:
-    """Facts of a way that is not taken."""
-    return {"accuracy_change": way.change, "history": way.history}
+    A third way is tuned where the better of the first two lost over `MISTAKEN`: then neither was right.
+    """
+    taken = started, tune(original, started, schedule, task, progress)
+    passed_over: list[dict[str, Any]] = []
+    by, number, way = MISTAKEN, 2, started.otherwise
+    while way is not None and (number == 2 or taken[1].change < -MISTAKEN):
+        progress.note("the trigger may be another; repaired again for that one")
+        state = None if task.state is None else task.state.with_name(f"way-{number}-{task.state.name}")
+        try:
+            tuned = tune(original, way, schedule, replace(task, state=state), progress)
+        except TrainingError as error:
+            passed_over.append({**way.facts, "error": str(error)})
+        else:
+            other = way, tuned
+            if spoils_less(tuned, taken[1], by):
+                taken, other = other, taken
+            passed_over.append(
+                {**other[0].facts, "accuracy_change": other[1].change, "history": other[1].history}
+            )
+        by, number, way = 0.0, number + 1, way.otherwise
+    return *taken, passed_over
 
 
 def settings_of(method: str, classes: int, changes: dict[str, float]) -> Any:

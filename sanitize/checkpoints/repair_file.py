@@ -207,13 +207,12 @@ def in_words(report: RepairReport) -> str:
     if "suspected_triggers" in facts:
         none = "no trigger: changes of all classes instead, more may be left"
         lines.append(f"  suspected          {', '.join(_suspected(facts)) or none}")
-    other = facts["passed_over"]
-    if other is not None:
+    for other in facts["passed_over"]:
         instead = [name for name in _suspected(other) if name not in _suspected(facts)]
         cost = (
             "the loss was not finite" if "error" in other else f"{100 * other['accuracy_change']:+.1f} points"
         )
-        lines.append(f"  tried as well      {', '.join(instead)} ({cost})")
+        lines.append(f"  tried as well      {', '.join(instead) or 'changes of all classes'} ({cost})")
     trigger = facts["inverted_trigger"]
     if trigger is not None and trigger["success_before"] is not None:
         lines.append(

@@ -98,7 +98,8 @@ class Started(NamedTuple):
     found: Sequence[Sequence[Any]] = ()
     """Of that, what an interrupted run has to find again, in plain values."""
     otherwise: Started | None = None
-    """Another way, to be tuned as well and taken where it spoils clearly less (`spoils_less`)."""
+    """Another way, to be tuned as well and taken where it spoils less by `MISTAKEN`; its own other way is
+    tuned where what was taken lost that much, and taken where it spoils less (`repair.best_way`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,15 +178,16 @@ def tune(original: Classifier, started: Started, schedule: Schedule, task: Task,
     return Tuned(model=model, step=run.best_step, history=run.history, stopped=stopped)
 
 
-def spoils_less(otherwise: Tuned, first: Tuned) -> bool:
-    """Whether to take another way: it kept a model, and the first way none, or one that lost `MISTAKEN` more.
+def spoils_less(otherwise: Tuned, first: Tuned, by: float) -> bool:
+    """Whether to take another way: it kept a model, and the first way none, or one that lost over `by` more.
 
     To keep the right answer under the trigger itself costs next to no accuracy, under something that images
-    of a class have by nature it does. Of ten pairs of runs this is right in nine (docs/experiments.md).
+    of a class have by nature it does. Of ten pairs of a mask and a change this is right in nine, by
+    `MISTAKEN` (docs/experiments.md).
     """
     if otherwise.step is None or first.step is None:
         return otherwise.step is not None
-    return bool(otherwise.change - first.change > MISTAKEN)
+    return bool(otherwise.change - first.change > by)
 
 
 class _Run:
