@@ -17,6 +17,7 @@ from sanitize.checkpoints import audit as audit_module
 from sanitize.checkpoints import plane_waves, repair, suspected_triggers, tuning
 from sanitize.checkpoints.audit import audit
 from sanitize.checkpoints.classifier import Classifier
+from sanitize.checkpoints.inspect import THRESHOLDS
 from sanitize.checkpoints.pivotal_unlearning import Settings, universal_changes
 from sanitize.checkpoints.repair import RepairConfig, repair_classifier
 from sanitize.checkpoints.suspected_triggers import (
@@ -221,7 +222,7 @@ def test_phases_count_in_an_inspection_and_the_report_shows_the_wave(
     report = audit(fires_on_a_wave(), images(), config(), tmp_path, "m.pt", Silent())
     scores = {name: np.array(values) for name, values in scores_of(report.facts).items()}
     parts = np.mean([scores[name] - np.median(scores[name]) for name in ("mask-size", "universal")], axis=0)
-    expected = np.maximum(parts, scores["phase"] * 0.62 / plane_waves.PHASE)
+    expected = np.maximum(parts, scores["phase"] * THRESHOLDS["combined"].value / plane_waves.PHASE)
     np.testing.assert_allclose(scores["combined"], expected)
     assert scores["phase"].argmax() == TARGET
     assert "phase of a wave" in Page(report.path.read_text()).text

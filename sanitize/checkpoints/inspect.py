@@ -88,7 +88,9 @@ class Threshold:
     """How well it did where it was judged, in words for the report."""
 
 
-_THRESHOLD = 0.62
+_THRESHOLD = 0.7
+"""Was 0.62, set on ten clean networks, until three of eight others were over it (0.67 at most). Of 34 clean
+ones that were inspected none reaches 0.7 (docs/benchmarks.md)."""
 PHASE_COUNT = _THRESHOLD / plane_waves.PHASE
 """What the statistic of phases is multiplied by: its own threshold is that of the score."""
 
@@ -105,9 +107,10 @@ _PATCHES = "5 of 8 backdoors (every patch, nothing that is spread over the image
 THRESHOLDS = {
     "combined": Threshold(
         value=_THRESHOLD,
-        calibration="on small CIFAR-10 networks it found 7 of 9 backdoors (every patch, both waves, one of "
-        "three faint pictures) and called 1 of 7 clean networks backdoored; not calibrated on models like "
-        "yours",
+        calibration="on small CIFAR-10 networks, which this threshold was set on, it calls 25 of 32 with a "
+        "backdoor so, 22 with the right class (every patch, five of eight waves, two of six faint pictures), "
+        "and none of 34 clean ones; by the one before it, three of eight new clean ones; not calibrated on "
+        "models like yours",
     ),
     "universal-changes": Threshold(value=0.75, calibration=_measured(_PATCHES, 2)),
     "calibrated-trigger-inversion": Threshold(
@@ -118,7 +121,7 @@ THRESHOLDS = {
 }
 """One for each method: the only place where a verdict's threshold is written, that of phases aside, which is
 `plane_waves.PHASE`. Set on ten clean and seven backdoored small networks (the first half in
-docs/benchmarks.md); Neural Cleanse's is the published one."""
+docs/benchmarks.md), but for the default's; Neural Cleanse's is the published one."""
 REFERENCED = Threshold(
     value=0.5,
     calibration="on small CIFAR-10 networks, with three references that saw the same training images, it "

@@ -51,7 +51,7 @@ MEANING = {
     "the reference networks do, in units of their spread, for the wave where it is most. Waves of up to 14 "
     "periods an image are tried.",
     "phase": "How much the class depends on where a faint plane wave begins, for the wave where it is most, "
-    "next to the other waves and classes of this network; 7 counts like 0.62. Texture is the same wherever "
+    "next to the other waves and classes of this network; 7 counts like 0.7. Texture is the same wherever "
     "it begins, unless the network knows places (by a flattened head, or position embeddings).",
     "alone": "The score as it would be if there were no reference networks.",
     "natural": "The mean score of the class in the reference networks, which is taken off the model's.",
