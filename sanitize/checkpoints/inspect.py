@@ -107,10 +107,9 @@ _PATCHES = "5 of 8 backdoors (every patch, nothing that is spread over the image
 THRESHOLDS = {
     "combined": Threshold(
         value=_THRESHOLD,
-        calibration="on small CIFAR-10 networks, which this threshold was set on, it calls 25 of 32 with a "
-        "backdoor so, 22 with the right class (every patch, five of eight waves, two of six faint pictures), "
-        "and none of 34 clean ones; by the one before it, three of eight new clean ones; not calibrated on "
-        "models like yours",
+        calibration="set on small CIFAR-10 networks: of 32 with a backdoor 25 are over it, 22 with the right "
+        "class (every patch, 5 of 8 waves, 2 of 6 faint pictures), of 34 clean ones none; the threshold "
+        "before it was passed by 3 of 8 new clean ones; not calibrated on models like yours",
     ),
     "universal-changes": Threshold(value=0.75, calibration=_measured(_PATCHES, 2)),
     "calibrated-trigger-inversion": Threshold(
