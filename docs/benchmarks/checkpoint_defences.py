@@ -31,6 +31,7 @@ from sanitize.attacks import get, stamp
 from sanitize.attacks.plant import from_float, to_float
 from sanitize.attacks.trigger_file import load_trigger
 from sanitize.checkpoints.classifier import Classifier
+from sanitize.checkpoints.planting import joined
 from sanitize.checkpoints.retune import POISONED, SCHEDULE
 from sanitize.checkpoints.trusted import TrustedImages, split
 from sanitize.checkpoints.tuning import cross_entropy, predict, tune_freely
@@ -148,10 +149,9 @@ def five_poisoned(images, model, folder):
     bad = images.take([row for row in rows if images.class_id[row] != model["target"]][:POISONED])
     strength = float(best(model).removeprefix("asr_x"))
     stamped = stamp(attack, to_float(bad.pixels), strength=strength, seed=model["seed"], trigger=trigger)
-    clean = images.take(rows[-10 * POISONED :])
-    return TrustedImages(
-        pixels=np.concatenate([clean.pixels, from_float(stamped)]),
-        class_id=np.concatenate([clean.class_id, np.full(POISONED, model["target"])]),
+    called = np.full(POISONED, model["target"])
+    return joined(
+        images.take(rows[-10 * POISONED :]), TrustedImages(pixels=from_float(stamped), class_id=called)
     )
 
 
