@@ -24,18 +24,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
 
 from sanitize.attacks import get, stamp
 from sanitize.attacks.plant import from_float, to_float
 from sanitize.attacks.trigger_file import load_trigger
-from sanitize.checkpoints.classifier import Classifier
+from sanitize.checkpoints.load import LoadConfig, load_classifier, settled
 from sanitize.checkpoints.planting import joined
 from sanitize.checkpoints.retune import POISONED, SCHEDULE
 from sanitize.checkpoints.trusted import TrustedImages, split
 from sanitize.checkpoints.tuning import cross_entropy, predict, tune_freely
-from sanitize.dynamics.proxy import small
 from sanitize.evaluate.images import decode_all, read_encoded
 from sanitize.evaluate.metrics import attack_success_rate, clean_accuracy
 from sanitize.progress import Silent, for_stderr
@@ -91,7 +89,7 @@ def main():
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
             chosen = first_of_each(trusted, int(count))
-            classifier = load(model, asked.models)
+            classifier = load(model, asked.models, trusted)
             measured = (
                 repaired(classifier, model, method, chosen, test, asked.models)
                 if asked.what == "repair"
@@ -113,13 +111,12 @@ def first_of_each(images, count):
     return images.take(np.concatenate(rows))
 
 
-def load(model, folder):
-    network = small(10)
-    network.load_state_dict(load_file(folder / f"{model['name']}.safetensors"))
-    head = [name for name, module in network.named_modules() if hasattr(module, "out_features")][-1]
-    return Classifier(
-        network, head=head, resolution=32, mean=model["mean"], std=model["std"], architecture=model["arch"]
+def load(model, folder, trusted):
+    path = folder / f"{model['name']}.safetensors"
+    config = LoadConfig(
+        checkpoint=path, arch=model["arch"], mean=tuple(model["mean"]), std=tuple(model["std"]), resolution=32
     )
+    return settled(load_classifier(config), trusted).classifier
 
 
 def repaired(classifier, model, method, trusted, test, folder):
@@ -131,7 +128,7 @@ def repaired(classifier, model, method, trusted, test, folder):
     seconds = round(time.monotonic() - began, 1)
     work, _ = split(trusted, config.held_out_ratio, config.seed)
     few = five_poisoned(work, model, folder)
-    clean = [retuned(one, few) for one in clean_networks(folder, 1)]
+    clean = [retuned(one, few) for one in clean_networks(folder, 1, trusted)]
     return {
         "seconds": seconds,
         "before": judged(classifier, model, test, folder),
@@ -162,9 +159,9 @@ def retuned(classifier, few):
     return copy
 
 
-def clean_networks(folder, most):
+def clean_networks(folder, most, trusted):
     facts = [json.loads(path.read_text()) for path in sorted(folder.glob("clean-*.json"))[:most]]
-    return [load(model, folder) for model in facts]
+    return [load(model, folder, trusted) for model in facts]
 
 
 def judged(classifier, model, test, folder):
@@ -194,7 +191,7 @@ def stamped_by(model, folder):
 
 def measure_floors(facts, folder, test, path):
     """Every trigger on the clean models, into one JSON file: model -> rates by strength."""
-    clean = clean_networks(folder, FLOOR_MODELS)
+    clean = clean_networks(folder, FLOOR_MODELS, test)
     bad = [model for model in facts if model["attack"] != "clean"]
     some = test.take(np.arange(min(FLOOR_IMAGES, len(test))))
     found = {model["name"]: success(clean, model, some, folder) for model in bad}

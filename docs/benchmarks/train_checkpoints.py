@@ -1,4 +1,4 @@
-"""Train the small models that `inspect` and `repair` are measured on, clean and backdoored, one file each.
+"""Train the models that `inspect` and `repair` are measured on, clean and backdoored, one file each.
 
     python docs/benchmarks/train_checkpoints.py cifar10/train cifar10/test models --list models.txt
 
@@ -7,7 +7,7 @@ A line of the list is ``ATTACK POISONED SEED``: ``badnets 50 0`` plants badnets 
 into a tenth of its parameters. What is there is not trained again, so the command can be interrupted, or run
 twice side by side. The seed sets target, poisoned samples, trigger, initialisation and order together.
 
-    models/NAME.safetensors    the state dict of sanitize.dynamics.proxy:small
+    models/NAME.safetensors    the state dict, of `small` or of a ResNet-18 (--recipe resnet18)
     models/NAME.json           mean, std, attack, target, poisoned, clean accuracy, success of the attack
     models/triggers/NAME/      the trigger
 """
@@ -27,11 +27,12 @@ from sanitize.attacks.plant import AttackSpec, from_float, plant, to_float
 from sanitize.attacks.trigger_file import SavedTrigger, save_trigger
 from sanitize.evaluate.images import decode_all, read_encoded
 from sanitize.evaluate.metrics import attack_success_rate, clean_accuracy
-from sanitize.evaluate.retrain import predict, recipe, retrain
+from sanitize.evaluate.retrain import Recipe, predict, recipe, retrain
 from sanitize.progress import for_stderr
 from sanitize.rundir import write_atomic
 
 CLASSES = [str(number) for number in range(10)]
+ARCHITECTURES = {"small": "sanitize.dynamics.proxy:small", "resnet18": "torchvision:resnet18"}
 PARAMETER_CONTROLLED = "parameter-controlled"
 FRACTION = 0.1
 STEPS = 600
@@ -43,6 +44,7 @@ def main() -> None:
     parser.add_argument("test")
     parser.add_argument("out", type=Path)
     parser.add_argument("--list", type=Path, required=True)
+    parser.add_argument("--recipe", choices=list(ARCHITECTURES), default="small")
     parser.add_argument("--epochs", type=int)
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
@@ -50,7 +52,7 @@ def main() -> None:
     for line in asked.list.read_text().splitlines():
         if line.strip() and not line.startswith("#"):
             attack, poisoned, seed = line.split()
-            make(attack, int(poisoned), int(seed), train, test, asked.out, asked.epochs)
+            make(attack, int(poisoned), int(seed), train, test, asked.out, recipe(asked.recipe, asked.epochs))
 
 
 def read(shards: str) -> tuple[np.ndarray, np.ndarray]:
@@ -58,7 +60,7 @@ def read(shards: str) -> tuple[np.ndarray, np.ndarray]:
         return decode_all(read_encoded(shards, "cls", CLASSES, Path(scratch)), 32)
 
 
-def make(attack: str, poisoned: int, seed: int, train, test, out: Path, epochs: int | None) -> None:
+def make(attack: str, poisoned: int, seed: int, train, test, out: Path, chosen: Recipe) -> None:
     """Train one model, unless it is there or another process is at it."""
     name = f"{attack}-{poisoned}-seed{seed}"
     claim = out / f"{name}.claimed"
@@ -70,7 +72,7 @@ def make(attack: str, poisoned: int, seed: int, train, test, out: Path, epochs: 
         planted = plant(images, labels, [AttackSpec(name=attack, ratio=poisoned / len(labels))], seed=seed)
         images, labels = planted.images, planted.plan.labels
         target, trigger = planted.plan.targets[0], planted.triggers[attack]
-    model = retrain(images, labels, 10, recipe("small", epochs), seed=seed, progress=for_stderr())
+    model = retrain(images, labels, 10, chosen, seed=seed, progress=for_stderr())
     if attack == PARAMETER_CONTROLLED:
         target, trigger = control(model, images, labels, seed)
     facts = {
@@ -78,7 +80,7 @@ def make(attack: str, poisoned: int, seed: int, train, test, out: Path, epochs: 
         "attack": attack,
         "poisoned": poisoned,
         "seed": seed,
-        "arch": "sanitize.dynamics.proxy:small",
+        "arch": ARCHITECTURES[chosen.network],
         "mean": (model.mean.flatten() / 255).tolist(),
         "std": (model.std.flatten() / 255).tolist(),
         "target": target,
