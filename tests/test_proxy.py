@@ -246,14 +246,17 @@ def test_training_on_cuda(tmp_path: Path, name: str) -> None:
     config = ProxyConfig(proxy=name, device="cuda", epochs=5)
     run = Run(tmp_path, "a", setup(config, 97), proxy=name, device="cuda", epochs=5).go()
     assert np.isfinite(run.losses[:, run.samples.rows]).all()
-    assert run.epoch_loss[-1] < run.epoch_loss[0]
     on_cpu = Run(
         tmp_path,
         "b",
         Setup(proxy=name, device="cpu", dtype="float32", batch=128, threads=1, torch=""),
         epochs=5,
     ).go()
-    np.testing.assert_allclose(run.epoch_loss, on_cpu.epoch_loss, rtol=0.3)
+    # bfloat16 against float32: the first epoch is alike, after it the paths part (ResNet-18 on an H100: by
+    # 2 % and by up to 40 %)
+    np.testing.assert_allclose(run.epoch_loss[0], on_cpu.epoch_loss[0], rtol=0.1)
+    assert run.epoch_loss[-1] < 0.6 * run.epoch_loss[0]
+    assert on_cpu.epoch_loss[-1] < 0.6 * on_cpu.epoch_loss[0]
 
 
 @pytest.mark.cuda
