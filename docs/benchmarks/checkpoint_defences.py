@@ -136,6 +136,7 @@ def repaired(classifier, model, method, trusted, test, folder):
         "retuned": judged(retuned(found.classifier, few), model, test, folder),
         "never_poisoned_retuned": success(clean, model, test, folder) if clean else None,
         "facts": found.facts,
+        "history": found.history,
     }
 
 
