@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -151,10 +152,12 @@ def test_another_way_is_taken_where_what_it_keeps_spoils_less(
 def test_a_third_way_is_tuned_where_neither_of_two_will_do(
     changes: tuple[float, ...], taken: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, ways = trained(30), None
-    for number in (2, 1, 0):
-        ways = Started(model, tuning.cross_entropy, (), {"number": number}, otherwise=ways)
-    states = []
+    model, begun, states = trained(30), [], []
+
+    def begin(number: int) -> Started:
+        begun.append(number)
+        otherwise = partial(begin, number + 1) if number < 2 else None
+        return Started(model, tuning.cross_entropy, (), {"number": number}, otherwise=otherwise)
 
     def tune(
         original: Classifier, started: Started, schedule: Any, task: tuning.Task, progress: Any
@@ -169,13 +172,13 @@ def test_a_third_way_is_tuned_where_neither_of_two_will_do(
         work=images(8, 1), held_out=images(8, 2), max_accuracy_loss=0.02, seed=0, state=Path("state.pt")
     )
     schedule = tuning.Schedule(steps=20, learning_rate=1.0)
-    assert ways is not None
-    way, tuned, passed_over = repair.best_way(model, ways, schedule, task, Silent())
+    way, tuned, passed_over = repair.best_way(model, begin(0), schedule, task, Silent())
     assert way.facts["number"] == taken
     assert tuned.change == changes[taken]
     assert sorted(one["number"] for one in passed_over) == sorted({*range(len(changes))} - {taken})
     assert all(one["accuracy_change"] == changes[one["number"]] for one in passed_over)
     assert len(set(states)) == len(changes), "a state file each"
+    assert begun == list(range(len(changes))), "no way is begun for nothing"
 
 
 def test_none_within_the_limit_gives_the_original_and_says_so() -> None:

@@ -109,17 +109,23 @@ def start(
             {"kind": one.kind, "class": classifier.label(one.class_id), "evidence": one.evidence}
             for one in triggers
         ]
-        found = [(one.kind, one.class_id) for one in triggers]
-        return Started(classifier.clone(), loss, sought, {"suspected_triggers": named}, found)
+        facts = {"suspected_triggers": named}
+        return Started(classifier.clone(), loss, sought, facts, found_of(triggers))
 
     if looked is None or not looked.suspected:
         return of_all_classes()
-    first, otherwise = started(looked.suspected), started(looked.otherwise)
-    if otherwise.found == first.found:
-        return first
-    if all(isinstance(one, Added) for one in looked.otherwise):
-        otherwise = otherwise._replace(otherwise=of_all_classes())
-    return first._replace(otherwise=otherwise)
+    first, others = started(looked.suspected), looked.otherwise
+
+    def otherwise() -> Started:
+        third = of_all_classes if all(isinstance(one, Added) for one in others) else None
+        return started(others)._replace(otherwise=third)
+
+    return first if found_of(others) == first.found else first._replace(otherwise=otherwise)
+
+
+def found_of(triggers: Sequence[Suspected]) -> list[tuple[str, int]]:
+    """What an interrupted run has to find again: kind and class of each."""
+    return [(one.kind, one.class_id) for one in triggers]
 
 
 def unlearn(pivot: Classifier, put: Put, settings: Settings) -> Loss:

@@ -166,9 +166,10 @@ def best_way(
     """
     taken = started, tune(original, started, schedule, task, progress)
     passed_over: list[dict[str, Any]] = []
-    by, number, way = MISTAKEN, 2, started.otherwise
-    while way is not None and (number == 2 or taken[1].change < -MISTAKEN):
+    by, number, otherwise = MISTAKEN, 2, started.otherwise
+    while otherwise is not None and (number == 2 or taken[1].change < -MISTAKEN):
         progress.note("the trigger may be another; repaired again for that one")
+        way = otherwise()
         state = None if task.state is None else task.state.with_name(f"way-{number}-{task.state.name}")
         try:
             tuned = tune(original, way, schedule, replace(task, state=state), progress)
@@ -181,7 +182,7 @@ def best_way(
             passed_over.append(
                 {**other[0].facts, "accuracy_change": other[1].change, "history": other[1].history}
             )
-        by, number, way = 0.0, number + 1, way.otherwise
+        by, number, otherwise = 0.0, number + 1, way.otherwise
     return *taken, passed_over
 
 

@@ -97,9 +97,9 @@ class Started(NamedTuple):
     """For the JSON file: what the method found beforehand."""
     found: Sequence[Sequence[Any]] = ()
     """Of that, what an interrupted run has to find again, in plain values."""
-    otherwise: Started | None = None
-    """Another way, to be tuned as well and taken where it spoils less by `MISTAKEN`; its own other way is
-    tuned where what was taken lost that much, and taken where it spoils less (`repair.best_way`)."""
+    otherwise: Callable[[], Started] | None = None
+    """Begins another way, to be tuned as well and taken where it spoils less by `MISTAKEN`; its own other way
+    is tuned where what was taken lost that much, and taken where it spoils less (`repair.best_way`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
