@@ -221,12 +221,22 @@ def test_a_killed_run_goes_on_and_gives_the_same_model(
 
 
 def test_settings_depend_on_the_head_and_can_be_changed() -> None:
-    assert settings_of("pivotal-tuning", 10, {}).parameter_weight == 20_000
-    assert settings_of("pivotal-tuning", 1_000, {}).parameter_weight == 150_000
-    changed = settings_of("nad", 10, {"attention_weight": 5, "steps": 7})
+    assert settings_of("pivotal-tuning", 10, 400, {}).parameter_weight == 20_000
+    assert settings_of("pivotal-tuning", 1_000, 400, {}).parameter_weight == 150_000
+    changed = settings_of("nad", 10, 400, {"attention_weight": 5, "steps": 7})
     assert (changed.attention_weight, changed.schedule.steps) == (5, 7)
     with pytest.raises(UsageError, match="weight-decay has no setting latent_weight; it has batch, "):
-        settings_of("weight-decay", 10, {"latent_weight": 1})
+        settings_of("weight-decay", 10, 400, {"latent_weight": 1})
+
+
+def test_few_images_are_tuned_on_at_half_the_rate_all_in_every_step() -> None:
+    many = settings_of("pivotal-unlearning", 10, 256, {}).schedule
+    few = settings_of("pivotal-unlearning", 10, 255, {"steps": 7}).schedule
+    assert (few.learning_rate, few.steps) == (many.learning_rate / 2, 7)
+    assert len(tuning.batch_rows(255, few.batch, 0, 0)) == 255
+    large = settings_of("pivotal-unlearning", 1_000, 255, {}).schedule
+    assert large == settings_of("pivotal-unlearning", 1_000, 256, {}).schedule
+    assert settings_of("nad", 10, 255, {}) == settings_of("nad", 10, 256, {})
 
 
 def relabelled(change: np.ndarray) -> TrustedImages:

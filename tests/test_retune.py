@@ -69,4 +69,4 @@ def test_every_method_has_a_grid_of_its_own_settings(method: str) -> None:
     assert len(combinations(method, 10)) == np.prod([len(values) for values in GRIDS[method].values()])
     assert len(combinations(method, 1_000)) >= 2
     for settings in [*combinations(method, 10), *combinations(method, 1_000)]:
-        settings_of(method, 10, settings)
+        settings_of(method, 10, 400, settings)

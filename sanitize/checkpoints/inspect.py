@@ -472,7 +472,7 @@ def _repaired(
     progress: Progress,
 ) -> Classifier:
     """A copy after a short Pivotal Tuning: it shares the model's weaknesses, backdoors are weakened."""
-    settings = settings_of("pivotal-tuning", classifier.classes, {})
+    settings = settings_of("pivotal-tuning", classifier.classes, len(work), {})
     schedule = Schedule(
         steps=config.repair_steps,
         learning_rate=min(REPAIR_RATE, settings.schedule.learning_rate),

@@ -55,6 +55,9 @@ IN_TURN = ("pivotal-tuning", "pivotal-unlearning")
 """What `auto` stands for: the next one where the one before kept no model."""
 LARGE_HEAD = 200
 """Classes from which on a method takes its settings for ImageNet."""
+FEW_IMAGES = 256
+"""Images to tune on below which a method takes its settings for few, where it has any."""
+_FOR_FEW = {"pivotal-unlearning": pivotal_unlearning.FEW}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,8 +136,8 @@ def repair_classifier(
     check(classifier, trusted)
     progress = progress or Silent()
     began = time.monotonic()
-    settings = settings_of(config.method, classifier.classes, config.settings)
     work, held_out = split(trusted, config.held_out_ratio, config.seed)
+    settings = settings_of(config.method, classifier.classes, len(work), config.settings)
     task = Task(
         work=work,
         held_out=held_out,
@@ -186,14 +189,18 @@ def best_way(
     return *taken, passed_over
 
 
-def settings_of(method: str, classes: int, changes: dict[str, float]) -> Any:
-    """A method's published settings for a head of that size, with changes; of its schedule, too.
+def settings_of(method: str, classes: int, images: int, changes: dict[str, float]) -> Any:
+    """A method's settings for a head of that size and so many images to tune on, with changes.
+
+    The settings are those published, where they are; changes may be of the schedule, too.
 
     Raises:
         UsageError: no such setting.
     """
     module = _METHODS[method]
     settings = module.LARGE if classes >= LARGE_HEAD else module.Settings()
+    if classes < LARGE_HEAD and images < FEW_IMAGES:
+        settings = _FOR_FEW.get(method, settings)
     own = {entry.name for entry in dataclasses.fields(settings)} - {"schedule", "inversion"}
     timing = {entry.name for entry in dataclasses.fields(settings.schedule)}
     unknown = changes.keys() - own - timing
