@@ -229,14 +229,19 @@ def test_settings_depend_on_the_head_and_can_be_changed() -> None:
         settings_of("weight-decay", 10, 400, {"latent_weight": 1})
 
 
-def test_few_images_are_tuned_on_at_half_the_rate_all_in_every_step() -> None:
+def test_few_images_are_tuned_on_at_half_the_rate_in_larger_steps() -> None:
     many = settings_of("pivotal-unlearning", 10, 256, {}).schedule
     few = settings_of("pivotal-unlearning", 10, 255, {"steps": 7}).schedule
     assert (few.learning_rate, few.steps) == (many.learning_rate / 2, 7)
-    assert len(tuning.batch_rows(255, few.batch, 0, 0)) == 255
+    assert len(tuning.batch_rows(150, few.batch, 0, 0)) == 150
+    assert len(tuning.batch_rows(255, few.batch, 0, 0)) == 128
     large = settings_of("pivotal-unlearning", 1_000, 255, {}).schedule
     assert large == settings_of("pivotal-unlearning", 1_000, 256, {}).schedule
     assert settings_of("nad", 10, 255, {}) == settings_of("nad", 10, 256, {})
+    config = RepairConfig(method="pivotal-unlearning", settings={"steps": 1})
+    found = repair_classifier(trained(30), images(300, 6), config)
+    assert found.facts["trusted"]["tuned_on"] < 256
+    assert found.facts["settings"]["schedule"]["learning_rate"] == few.learning_rate
 
 
 def relabelled(change: np.ndarray) -> TrustedImages:

@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from small_models import images, trained
 
-from sanitize.checkpoints import pivotal_tuning, pivotal_unlearning, tuning, weight_decay
+from sanitize.checkpoints import pivotal_tuning, pivotal_unlearning, repair, tuning, weight_decay
 from sanitize.checkpoints import repair_file as module
 from sanitize.checkpoints.repair import in_turn
 from sanitize.checkpoints.repair_file import RepairReport, in_words, repair_file
@@ -82,13 +82,14 @@ def test_by_default_a_second_method_is_tried_where_the_first_keeps_nothing(
     harsh = pivotal_tuning.Settings(schedule=Schedule(steps=4, measure_every=4, learning_rate=50.0))
     short = pivotal_unlearning.Settings(schedule=Schedule(steps=30, measure_every=5, learning_rate=0.005))
     monkeypatch.setattr(pivotal_tuning, "Settings", lambda: harsh)
-    monkeypatch.setattr(pivotal_unlearning, "Settings", lambda: short)
+    monkeypatch.setitem(repair._FOR_FEW, "pivotal-unlearning", short)
     line = checkpoint_and_shards(tmp_path)
     done = run_cli(*line, "--max-accuracy-loss", "0.5", "--json")
     facts = json.loads(done.out)
     assert "pivotal-tuning kept no model; another method is tried" in done.err
     assert facts["repaired"]
     assert facts["method"] == "pivotal-unlearning"
+    assert facts["settings"]["schedule"]["steps"] == 30
     (before,) = facts["tried_before"]
     assert before["method"] == "pivotal-tuning"
     assert not before["history"][-1]["within"]

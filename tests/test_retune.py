@@ -66,7 +66,14 @@ def test_calibration_takes_the_lowest_success_within_the_limit(monkeypatch: pyte
 
 @pytest.mark.parametrize("method", methods())
 def test_every_method_has_a_grid_of_its_own_settings(method: str) -> None:
-    assert len(combinations(method, 10)) == np.prod([len(values) for values in GRIDS[method].values()])
-    assert len(combinations(method, 1_000)) >= 2
-    for settings in [*combinations(method, 10), *combinations(method, 1_000)]:
+    assert len(combinations(method, 10, 400)) == np.prod([len(values) for values in GRIDS[method].values()])
+    assert len(combinations(method, 1_000, 400)) >= 2
+    for settings in [*combinations(method, 10, 400), *combinations(method, 1_000, 400)]:
         settings_of(method, 10, 400, settings)
+
+
+@pytest.mark.parametrize("images", [90, 400])
+def test_a_grid_begins_at_the_rate_for_so_many_images(images: int) -> None:
+    first = combinations("pivotal-unlearning", 10, images)[0]
+    without = settings_of("pivotal-unlearning", 10, images, {}).schedule
+    assert settings_of("pivotal-unlearning", 10, images, first).schedule == without

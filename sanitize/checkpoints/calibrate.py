@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from sanitize.checkpoints.classifier import Classifier
 from sanitize.checkpoints.planting import ATTACK, plant, success
-from sanitize.checkpoints.repair import LARGE_HEAD, RepairConfig, repair_classifier
+from sanitize.checkpoints.repair import FEW_IMAGES, LARGE_HEAD, RepairConfig, repair_classifier
 from sanitize.checkpoints.trusted import TrustedImages, split
 from sanitize.progress import Progress, Silent
 
@@ -21,6 +21,10 @@ GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
     "neural-cleanse": {"learning_rate": (0.01, 0.003, 0.001)},
 }
 """Settings that are tried, every combination; within the ranges of the paper's appendix A.5."""
+FEW_GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
+    "pivotal-unlearning": {"changed_weight": (2.0, 1.0, 4.0), "learning_rate": (0.0025, 0.001)},
+}
+"""In place of these with fewer than FEW_IMAGES images to tune on; not measured."""
 _RATES = (1e-3, 5e-4, 1e-4)
 LARGE_GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
     "pivotal-tuning": {"latent_weight": (1e-4, 1e-5, 1e-6), "learning_rate": (5e-4, 1e-4)},
@@ -58,7 +62,7 @@ def calibrate(
     work, held_out = split(trusted, config.held_out_ratio, config.seed)
     planted = plant(classifier, work, held_out, config.seed, progress)
     trials: list[dict[str, Any]] = []
-    for settings in combinations(config.method, classifier.classes):
+    for settings in combinations(config.method, classifier.classes, len(work)):
         repaired = repair_classifier(
             planted.classifier, trusted, replace(config, settings={**config.settings, **settings}), progress
         )
@@ -82,7 +86,9 @@ def calibrate(
     return Calibrated(chosen, facts)
 
 
-def combinations(method: str, classes: int) -> list[dict[str, float]]:
-    """Every combination of a method's grid for a head of that size."""
+def combinations(method: str, classes: int, images: int) -> list[dict[str, float]]:
+    """Every combination of a method's grid for a head of that size and so many images to tune on."""
     grid = (LARGE_GRIDS if classes >= LARGE_HEAD else GRIDS)[method]
+    if classes < LARGE_HEAD and images < FEW_IMAGES:
+        grid = FEW_GRIDS.get(method, grid)
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]

@@ -73,7 +73,7 @@ class RepairConfig:
     seed: int = 0
     """Of the split, the order of the images, and what a method draws."""
     settings: dict[str, float] = field(default_factory=dict)
-    """Changes to the method's settings, as `--calibrate` finds them; empty: as published."""
+    """Changes to the method's settings, as `--calibrate` finds them; empty: as `settings_of` has them."""
 
     def __post_init__(self) -> None:
         if self.method not in _METHODS:
