@@ -89,7 +89,7 @@ def main():
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
             chosen = first_of_each(trusted, int(count))
-            classifier = load(model, asked.models, trusted)
+            classifier = load(model, asked.models, chosen)
             measured = (
                 repaired(classifier, model, method, chosen, test, asked.models)
                 if asked.what == "repair"

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from sanitize.checkpoints.classifier import Classifier
 from sanitize.checkpoints.planting import ATTACK, plant, success
-from sanitize.checkpoints.repair import FEW_IMAGES, LARGE_HEAD, RepairConfig, repair_classifier
+from sanitize.checkpoints.repair import LARGE_HEAD, RepairConfig, few_images, repair_classifier
 from sanitize.checkpoints.trusted import TrustedImages, split
 from sanitize.progress import Progress, Silent
 
@@ -22,9 +22,9 @@ GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
 }
 """Settings that are tried, every combination; within the ranges of the paper's appendix A.5."""
 FEW_GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
-    "pivotal-unlearning": {"changed_weight": (2.0, 1.0, 4.0), "learning_rate": (0.0025, 0.001)},
+    "pivotal-unlearning": GRIDS["pivotal-unlearning"] | {"learning_rate": (0.0025, 0.001)},
 }
-"""In place of these with fewer than FEW_IMAGES images to tune on; not measured."""
+"""In place of these where there are few images to tune on (`few_images`); not measured."""
 _RATES = (1e-3, 5e-4, 1e-4)
 LARGE_GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
     "pivotal-tuning": {"latent_weight": (1e-4, 1e-5, 1e-6), "learning_rate": (5e-4, 1e-4)},
@@ -89,6 +89,6 @@ def calibrate(
 def combinations(method: str, classes: int, images: int) -> list[dict[str, float]]:
     """Every combination of a method's grid for a head of that size and so many images to tune on."""
     grid = (LARGE_GRIDS if classes >= LARGE_HEAD else GRIDS)[method]
-    if classes < LARGE_HEAD and images < FEW_IMAGES:
+    if few_images(classes, images):
         grid = FEW_GRIDS.get(method, grid)
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]

@@ -199,7 +199,7 @@ def settings_of(method: str, classes: int, images: int, changes: dict[str, float
     """
     module = _METHODS[method]
     settings = module.LARGE if classes >= LARGE_HEAD else module.Settings()
-    if classes < LARGE_HEAD and images < FEW_IMAGES:
+    if few_images(classes, images):
         settings = _FOR_FEW.get(method, settings)
     own = {entry.name for entry in dataclasses.fields(settings)} - {"schedule", "inversion"}
     timing = {entry.name for entry in dataclasses.fields(settings.schedule)}
@@ -210,6 +210,11 @@ def settings_of(method: str, classes: int, images: int, changes: dict[str, float
         )
     schedule = replace(settings.schedule, **{k: v for k, v in changes.items() if k in timing})
     return replace(settings, schedule=schedule, **{k: v for k, v in changes.items() if k in own})
+
+
+def few_images(classes: int, images: int) -> bool:
+    """Whether there are so few images to tune on, and the head is not large, that settings for few apply."""
+    return classes < LARGE_HEAD and images < FEW_IMAGES
 
 
 def check(classifier: Classifier, trusted: TrustedImages) -> None:
