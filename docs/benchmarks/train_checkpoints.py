@@ -7,7 +7,7 @@ A line of the list is ``ATTACK POISONED SEED``: ``badnets 50 0`` plants badnets 
 into a tenth of its parameters. What is there is not trained again, so the command can be interrupted, or run
 twice side by side. The seed sets target, poisoned samples, trigger, initialisation and order together.
 
-    models/NAME.safetensors    the state dict, of `small` or of a ResNet-18 (--recipe resnet18)
+    models/NAME.safetensors    the state dict, of `small` or of a ResNet-18 (--recipe)
     models/NAME.json           mean, std, attack, target, poisoned, clean accuracy, success of the attack
     models/triggers/NAME/      the trigger
 """
@@ -33,6 +33,8 @@ from sanitize.rundir import write_atomic
 
 CLASSES = [str(number) for number in range(10)]
 ARCHITECTURES = {"small": "sanitize.dynamics.proxy:small", "resnet18": "torchvision:resnet18"}
+"""Of a recipe's network."""
+RECIPES = ("small", "resnet18", "resnet18-sgd")
 PARAMETER_CONTROLLED = "parameter-controlled"
 FRACTION = 0.1
 STEPS = 600
@@ -44,7 +46,7 @@ def main() -> None:
     parser.add_argument("test")
     parser.add_argument("out", type=Path)
     parser.add_argument("--list", type=Path, required=True)
-    parser.add_argument("--recipe", choices=list(ARCHITECTURES), default="small")
+    parser.add_argument("--recipe", choices=RECIPES, default="small")
     parser.add_argument("--epochs", type=int)
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
