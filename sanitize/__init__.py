@@ -230,7 +230,7 @@ def repair(
     *,
     trusted: str | Path,
     out: str | Path,
-    method: str = "auto",
+    method: str = "pivotal-unlearning",
     max_accuracy_loss: float = 0.02,
     calibrate: bool = False,
     retune_check: bool = False,
@@ -273,12 +273,12 @@ def repair(
         sanitize.errors.SanitizeError: with a message that says what to do.
     """
     from sanitize.checkpoints.load import check_output, load_with_trusted, save
-    from sanitize.checkpoints.repair import in_turn
+    from sanitize.checkpoints.repair import RepairConfig
     from sanitize.checkpoints.repair_file import repair_file
     from sanitize.progress import Silent
 
     progress = progress or Silent()
-    configs = in_turn(method, max_accuracy_loss=max_accuracy_loss, seed=seed)
+    config = RepairConfig(method=method, max_accuracy_loss=max_accuracy_loss, seed=seed)
     wanted = _load_config(checkpoint, arch, class_names, prompts, mean, std, resolution, device)
     loaded, images = load_with_trusted(wanted, str(trusted), label, allow_pipe=allow_pipe)
     check_output(loaded, Path(out))
@@ -287,7 +287,7 @@ def repair(
     return repair_file(
         loaded.classifier,
         images,
-        configs,
+        config,
         Path(out),
         str(checkpoint),
         lambda state, path: save(loaded, state, path),

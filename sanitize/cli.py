@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sanitize.reporting.build import Report
 
 METHODS = ", ".join(methods())
-REPAIRS = "pivotal-tuning, pivotal-unlearning, weight-decay, fine-pruning, nad, neural-cleanse"
+REPAIRS = "pivotal-unlearning, pivotal-tuning, weight-decay, fine-pruning, nad, neural-cleanse"
 """Of sanitize.checkpoints.repair, which loads torch."""
 INSPECT_METHODS = "combined, universal-changes, calibrated-trigger-inversion, neural-cleanse or quick"
 
@@ -334,13 +334,7 @@ def repair(
     out: Annotated[
         Path, typer.Option(help="New checkpoint, in the input's format; an unfinished run goes on.")
     ],
-    method: Annotated[
-        str,
-        typer.Option(
-            help="Repair: auto (pivotal-tuning, and pivotal-unlearning where that keeps no model), "
-            f"{REPAIRS}."
-        ),
-    ] = "auto",
+    method: Annotated[str, typer.Option(help=f"Repair: {REPAIRS}.")] = "pivotal-unlearning",
     max_accuracy_loss: Annotated[
         float,
         typer.Option(

@@ -26,7 +26,8 @@ SHORT = {"steps": 60, "measure_every": 20}
 
 
 def repaired(model: Classifier, state: Path | None = None, **changes: object) -> Repaired:
-    config = RepairConfig(**{"settings": SHORT, "held_out_ratio": 0.4, **changes})  # type: ignore[arg-type]
+    defaults = {"method": "pivotal-tuning", "settings": SHORT, "held_out_ratio": 0.4}
+    config = RepairConfig(**{**defaults, **changes})  # type: ignore[arg-type]
     return repair_classifier(model, images(160, 5), config, state=state)
 
 
@@ -277,7 +278,7 @@ def test_networks_that_will_not_do() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "magic"}, "--method magic: expected auto, pivotal-tuning"),
+        ({"method": "magic"}, "--method magic: expected pivotal-unlearning"),
         ({"max_accuracy_loss": 2.0}, "--max-accuracy-loss 2.0"),
         ({"held_out_ratio": 1.0}, "held_out_ratio 1.0"),
         ({"seed": -1}, "--seed -1"),
@@ -298,7 +299,7 @@ def test_networks_without_convolutions_are_told_what_to_take() -> None:
         architecture="plain",
     )
     for method in ("fine-pruning", "nad"):
-        with pytest.raises(UsageError, match=r"plain has no .*; take pivotal-tuning"):
+        with pytest.raises(UsageError, match=r"plain has no .*; take pivotal-unlearning"):
             repair_classifier(plain, images(40, 5), RepairConfig(method=method))
 
 

@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from small_models import images, trained
 
-from sanitize.checkpoints import pivotal_tuning, pivotal_unlearning, repair, tuning, weight_decay
+import sanitize
 from sanitize.checkpoints import repair_file as module
-from sanitize.checkpoints.repair import in_turn
+from sanitize.checkpoints import tuning, weight_decay
+from sanitize.checkpoints.repair import RepairConfig
 from sanitize.checkpoints.repair_file import RepairReport, in_words, repair_file
 from sanitize.checkpoints.trigger_inversion import InversionConfig
 from sanitize.checkpoints.tuning import Schedule
@@ -45,8 +47,8 @@ def repaired(
     out: Path, settings: dict[str, float] = SETTINGS, method: str = "pivotal-tuning", **changes: Any
 ) -> RepairReport:
     options = {name: changes.pop(name) for name in list(changes) if name.startswith("with_")}
-    configs = in_turn(method, **{"settings": settings, "max_accuracy_loss": 0.5, **changes})
-    return repair_file(trained(30), images(120, 5), configs, out, "m.pt", save, Silent(), **options)
+    config = RepairConfig(method=method, **{"settings": settings, "max_accuracy_loss": 0.5, **changes})
+    return repair_file(trained(30), images(120, 5), config, out, "m.pt", save, Silent(), **options)
 
 
 def test_the_fixed_file_and_all_facts_are_written(tmp_path: Path) -> None:
@@ -75,51 +77,14 @@ def test_nothing_within_the_limit_writes_no_checkpoint(tmp_path: Path) -> None:
     assert first.startswith("Not repaired: every model of pivotal-tuning clearly lost more than 0 points")
 
 
-def test_by_default_a_second_method_is_tried_where_the_first_keeps_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # at this rate Pivotal Tuning is useless at once; the other method keeps its own rate
-    harsh = pivotal_tuning.Settings(schedule=Schedule(steps=4, measure_every=4, learning_rate=50.0))
-    short = pivotal_unlearning.Settings(schedule=Schedule(steps=30, measure_every=5, learning_rate=0.005))
-    monkeypatch.setattr(pivotal_tuning, "Settings", lambda: harsh)
-    monkeypatch.setitem(repair._FOR_FEW, "pivotal-unlearning", short)
-    line = checkpoint_and_shards(tmp_path)
-    done = run_cli(*line, "--max-accuracy-loss", "0.5", "--json")
-    facts = json.loads(done.out)
-    assert "pivotal-tuning kept no model; another method is tried" in done.err
-    assert facts["repaired"]
-    assert facts["method"] == "pivotal-unlearning"
-    assert facts["settings"]["schedule"]["steps"] == 30
-    (before,) = facts["tried_before"]
-    assert before["method"] == "pivotal-tuning"
-    assert not before["history"][-1]["within"]
-    alone = repaired(tmp_path / "alone", {}, "pivotal-unlearning")
-    assert alone.facts["tried_before"] == []
-    assert alone.facts["history"] == facts["history"]
-
-
-def test_by_default_a_second_method_is_tried_where_the_first_diverges(tmp_path: Path) -> None:
+def test_a_repair_that_diverges_is_an_error(tmp_path: Path) -> None:
     settings = {"steps": 30, "measure_every": 5, "learning_rate": 1e30}
     with pytest.raises(TrainingError, match="the loss was not finite"):
         repaired(tmp_path / "alone", settings)
-    configs = [*in_turn("pivotal-tuning", settings=settings), *in_turn("weight-decay", settings=SETTINGS)]
-    report = repair_file(trained(30), images(120, 5), configs, tmp_path / "fixed", "m.pt", save, Silent())
-    assert report.facts["method"] == "weight-decay"
-    (before,) = report.facts["tried_before"]
-    assert before["method"] == "pivotal-tuning"
-    assert "the loss was not finite" in before["error"]
 
 
-def test_by_default_what_the_first_method_keeps_is_taken(tmp_path: Path) -> None:
-    report = repaired(tmp_path / "fixed", method="auto")
-    assert report.facts["method"] == "pivotal-tuning"
-    assert report.facts["tried_before"] == []
-
-
-def test_where_no_method_keeps_a_model_both_are_named(tmp_path: Path) -> None:
-    settings = {"steps": 4, "measure_every": 4, "learning_rate": 50.0}
-    words = in_words(repaired(tmp_path / "fixed.pt", settings, "auto", max_accuracy_loss=0.0))
-    assert words.startswith("Not repaired: every model of pivotal-tuning and pivotal-unlearning clearly lost")
+def test_where_nothing_is_suspected_the_summary_says_what_was_unlearned(tmp_path: Path) -> None:
+    words = in_words(repaired(tmp_path / "fixed.pt", method="pivotal-unlearning"))
     assert "no trigger: changes of all classes instead, more may be left" in words
 
 
@@ -170,7 +135,7 @@ def test_a_killed_run_goes_on_and_writes_the_same_bytes(
 ) -> None:
     whole = repaired(tmp_path / "whole")
     kill(tmp_path / "killed", monkeypatch)
-    assert (tmp_path / "killed.partial" / "state-pivotal-tuning.pt").is_file()
+    assert (tmp_path / "killed.partial" / "state.pt").is_file()
     began: list[int] = []
     real = tuning.take_step
     monkeypatch.setattr(tuning, "take_step", lambda *a: (began.append(a[-1]), real(*a))[1])
@@ -191,7 +156,7 @@ def test_an_unfinished_run_with_other_settings_is_refused(
     with pytest.raises(RunFolderError, match="seed: 0 there, 3 now") as caught:
         repaired(tmp_path / "fixed", seed=3)
     assert caught.value.exit_code == 4
-    assert (tmp_path / "fixed.partial" / "state-pivotal-tuning.pt").is_file()
+    assert (tmp_path / "fixed.partial" / "state.pt").is_file()
 
 
 def test_calibration_and_retuning_are_in_the_facts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,7 +208,7 @@ def test_the_command_repairs_a_file_and_leaves_it_alone(
 @pytest.mark.parametrize(
     ("more", "code", "message"),
     [
-        (["--method", "magic"], 2, "--method magic: expected auto, pivotal-tuning"),
+        (["--method", "magic"], 2, "--method magic: expected pivotal-unlearning"),
         (["--mean", "red"], 2, "--mean red: expected numbers"),
         (["--max-accuracy-loss", "2"], 2, "--max-accuracy-loss 2.0"),
     ],
@@ -256,12 +221,13 @@ def test_the_command_says_what_is_wrong(tmp_path: Path, more: list[str], code: i
 
 
 def test_the_help_names_every_method() -> None:
-    from sanitize.checkpoints.repair import IN_TURN, methods
+    from sanitize.checkpoints.repair import DEFAULT, methods
     from sanitize.cli import REPAIRS
 
     assert ", ".join(methods()) == REPAIRS
     said = "".join(run_cli("repair", "--help").out.split())  # lines break at hyphens, too
-    assert f"auto({IN_TURN[0]},and{IN_TURN[1]}wherethatkeepsnomodel)" in said
+    assert f"[default:{DEFAULT}]" in said
+    assert signature(sanitize.repair).parameters["method"].default == DEFAULT
 
 
 def test_what_a_repair_without_a_result_left_is_written_over(tmp_path: Path) -> None:

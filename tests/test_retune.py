@@ -46,7 +46,9 @@ def test_a_backdoor_that_is_not_learned_is_an_error(monkeypatch: pytest.MonkeyPa
 
 
 def test_retuning_is_compared_with_a_model_that_never_had_the_backdoor() -> None:
-    found = retune_check(trained(0), images(160, 5), RepairConfig(held_out_ratio=0.4, settings=SHORT))
+    found = retune_check(
+        trained(0), images(160, 5), RepairConfig(method="pivotal-tuning", held_out_ratio=0.4, settings=SHORT)
+    )
     assert found["planted_success"] > 0.6
     assert found["poisoned_images"] == 5
     assert found["repaired_success"] < found["planted_success"]
@@ -56,7 +58,9 @@ def test_retuning_is_compared_with_a_model_that_never_had_the_backdoor() -> None
 
 def test_calibration_takes_the_lowest_success_within_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(calibrate_module.GRIDS, "pivotal-tuning", {"latent_weight": (0.0, 0.5, 1e6)})
-    found = calibrate(trained(0), images(160, 5), RepairConfig(held_out_ratio=0.4, settings=SHORT))
+    found = calibrate(
+        trained(0), images(160, 5), RepairConfig(method="pivotal-tuning", held_out_ratio=0.4, settings=SHORT)
+    )
     assert [trial["settings"]["latent_weight"] for trial in found.facts["trials"]] == [0.0, 0.5, 1e6]
     within = [trial for trial in found.facts["trials"] if trial["repaired"]]
     assert 1 <= len(within) < 3  # at 1e6 nothing is left of the model

@@ -81,6 +81,6 @@ def last_convolution(model: Classifier, batches: list[torch.Tensor]) -> tuple[nn
         second = "second " if ran else ""
         raise UsageError(
             f"--method fine-pruning: {model.architecture} has no {second}convolution to prune; "
-            "take pivotal-tuning"
+            "take pivotal-unlearning"
         )
     return ran[-1], torch.stack(activity[ran[-1]]).mean(dim=0)

@@ -83,7 +83,9 @@ def stage_names(classifier: Classifier, pixels: torch.Tensor) -> list[str]:
     for hook in hooks:
         hook.remove()
     if not last:
-        raise UsageError(f"--method nad: {classifier.architecture} has no feature maps; take pivotal-tuning")
+        raise UsageError(
+            f"--method nad: {classifier.architecture} has no feature maps; take pivotal-unlearning"
+        )
     return list(last.values())
 
 

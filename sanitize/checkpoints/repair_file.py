@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,11 +31,11 @@ from sanitize.checkpoints.trigger_inversion import (
     smallest_working,
 )
 from sanitize.checkpoints.trusted import TrustedImages, split
-from sanitize.errors import RunFolderError, TrainingError, UsageError
+from sanitize.errors import RunFolderError, UsageError
 from sanitize.progress import Progress
 from sanitize.rundir import _acquire, _differences, disk_errors, write_atomic
 
-CONFIG, CALIBRATED, STATE = "config.json", "calibrated-{}.json", "state-{}.pt"
+CONFIG, CALIBRATED, STATE = "config.json", "calibrated.json", "state.pt"
 MOST_INVERTED = 50
 """Classes up to which triggers are rebuilt for all of them; with more the measure is left out."""
 
@@ -62,7 +62,7 @@ class RepairReport:
 def repair_file(
     classifier: Classifier,
     trusted: TrustedImages,
-    configs: Sequence[RepairConfig],
+    config: RepairConfig,
     out: Path,
     source: str,
     save: Save,
@@ -74,7 +74,6 @@ def repair_file(
     """Repair a loaded checkpoint and write the result; an interrupted run to the same `out` goes on.
 
     Args:
-        configs: repairs to try in turn until one keeps a model, see `repair.in_turn`.
         source: the checkpoint as the user named it.
         save: writes a state dict in the checkpoint's format.
 
@@ -87,12 +86,14 @@ def repair_file(
     for path in (out, facts_path):
         if path.exists() and not (path == facts_path and _came_to_nothing(path)):
             raise UsageError(f"{path} is there already; give another --out, or move it away")
-    wanted = _identity(classifier, trusted, configs, with_calibration, with_retune_check)
+    wanted = _identity(classifier, trusted, config, with_calibration, with_retune_check)
     with _partial(out.with_name(out.name + ".partial"), wanted) as partial:
-        config, found, facts = _first_that_keeps_a_model(
-            classifier, trusted, configs, partial, progress, with_calibration
-        )
-        facts = {"sanitize": sanitize.__version__, "source": source, **facts}
+        facts: dict[str, Any] = {"sanitize": sanitize.__version__, "source": source}
+        if with_calibration:
+            facts["calibration"] = _calibrated(classifier, trusted, config, partial, progress)
+            config = replace(config, settings=facts["calibration"]["chosen"])
+        found = repair_classifier(classifier, trusted, config, progress, partial / STATE)
+        facts |= {**found.facts, "history": found.history}
         facts["inverted_trigger"] = inverted_trigger(classifier, found, trusted, config, progress)
         if with_retune_check:
             facts["retune_check"] = retune_check(classifier, trusted, config, progress)
@@ -103,40 +104,6 @@ def repair_file(
             write_atomic(facts_path, json.dumps(facts, indent=1, allow_nan=False).encode("ascii"))
         shutil.rmtree(partial)
     return RepairReport(path=out, repaired=repaired, facts=facts)
-
-
-def _first_that_keeps_a_model(
-    classifier: Classifier,
-    trusted: TrustedImages,
-    configs: Sequence[RepairConfig],
-    partial: Path,
-    progress: Progress,
-    with_calibration: bool,
-) -> tuple[RepairConfig, Repaired, dict[str, Any]]:
-    """Repair by one configuration after the other; the last one made, what it gave, and the facts of all."""
-
-    def attempt(config: RepairConfig) -> tuple[RepairConfig, Repaired, dict[str, Any]]:
-        facts = {}
-        if with_calibration:
-            facts["calibration"] = _calibrated(classifier, trusted, config, partial, progress)
-            config = replace(config, settings=facts["calibration"]["chosen"])
-        state = partial / STATE.format(config.method)
-        found = repair_classifier(classifier, trusted, config, progress, state)
-        return config, found, {**facts, **found.facts, "history": found.history, "tried_before": failed}
-
-    *earlier, last = configs
-    failed: list[dict[str, Any]] = []
-    for config in earlier:
-        try:
-            used, found, facts = attempt(config)
-        except TrainingError as error:
-            failed.append({"method": config.method, "error": str(error)})
-        else:
-            if facts["repaired"]:
-                return used, found, facts
-            failed.append({name: value for name, value in facts.items() if name != "tried_before"})
-        progress.note(f"{config.method} kept no model; another method is tried")
-    return attempt(last)
 
 
 def _came_to_nothing(facts: Path) -> bool:
@@ -181,20 +148,18 @@ def inverted_trigger(
 def in_words(report: RepairReport) -> str:
     """The few lines that `sanitize repair` prints."""
     facts = report.facts
-    before = [entry["method"] for entry in facts["tried_before"]]
     change, error = 100 * facts["accuracy_change"], 100 * facts["accuracy_change_se"]
     limit = f"{100 * facts['max_accuracy_loss']:g} points"
     if report.repaired:
-        unlike = f" ({' and '.join(before)} kept no model)" if before else ""
         first = (
-            f"Repaired by {facts['method']}{unlike}; kept step {facts['kept_step']}. That accuracy fell by "
+            f"Repaired by {facts['method']}; kept step {facts['kept_step']}. That accuracy fell by "
             f"{limit} or less is {facts['confidence_within']:.0%} sure."
         )
     else:
         first = (
-            f"Not repaired: every model of {' and '.join([*before, facts['method']])} clearly lost more than "
-            f"{limit}. Nothing was written; trust more images, or try another --method, --calibrate or a "
-            "larger --max-accuracy-loss."
+            f"Not repaired: every model of {facts['method']} clearly lost more than {limit}. Nothing was "
+            "written; trust more images, or try another --method, --calibrate or a larger "
+            "--max-accuracy-loss."
         )
     lines = [
         first,
@@ -239,7 +204,7 @@ def _calibrated(
     classifier: Classifier, trusted: TrustedImages, config: RepairConfig, partial: Path, progress: Progress
 ) -> dict[str, Any]:
     """Facts of the calibration, from an interrupted run if it got that far."""
-    path = partial / CALIBRATED.format(config.method)
+    path = partial / CALIBRATED
     if path.exists():
         facts: dict[str, Any] = json.loads(path.read_text())
         return facts
@@ -275,7 +240,7 @@ def _partial(path: Path, wanted: dict[str, Any]) -> Iterator[Path]:
 def _identity(
     classifier: Classifier,
     trusted: TrustedImages,
-    configs: Sequence[RepairConfig],
+    config: RepairConfig,
     calibration: bool,
     retune: bool,
 ) -> dict[str, Any]:
@@ -285,8 +250,7 @@ def _identity(
         weights.update(name.encode() + value.cpu().numpy().tobytes())
     images.update(trusted.pixels.tobytes() + trusted.class_id.tobytes())
     return {
-        **dataclasses.asdict(configs[0]),
-        "method": [config.method for config in configs],
+        **dataclasses.asdict(config),
         "calibrate": calibration,
         "retune_check": retune,
         "checkpoint_sha256": weights.hexdigest(),
