@@ -205,6 +205,33 @@ def test_the_report_is_one_page_and_escapes_what_strangers_wrote(tmp_path: Path)
     assert page.text.index("How sure") < page.text.index("Rebuilt trigger") < page.text.index("cannot tell")
 
 
+def test_every_class_over_the_threshold_is_named_and_the_first_three_are_pictured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    low = replace(inspect_module.THRESHOLDS["neural-cleanse"], value=-100.0)
+    monkeypatch.setitem(inspect_module.THRESHOLDS, "neural-cleanse", low)
+    names = ["car", "dog", "cat", "ship", "frog", "deer"]
+    report = audit(
+        model(backdoor=4.0, names=names), images(), config(method="neural-cleanse"), tmp_path, "m", Silent()
+    )
+    over = report.facts["verdict"]["over"]
+    scores = [row["score"] for row in report.facts["classes"]]
+    assert over == sorted(range(CLASSES), key=lambda one: -scores[one])
+    first, *others = (names[one] for one in over)
+    assert first == names[TARGET]
+    said = f"towards class {first}; over the threshold, too: {', '.join(others[:-1])} and {others[-1]}"
+    assert report.verdict == f"This model looks backdoored, {said}"
+    text = Page(report.path.read_text()).text
+    shown = [name for name in names if f"other classes into {name} " in " ".join(text.split())]
+    assert sorted(shown) == sorted([first, *others[:2]])
+
+
+def test_a_class_at_the_threshold_is_not_over_it() -> None:
+    at = inspect_module._verdict("quick", np.array([3.3, np.nan, 1.0]), inspect_module.THRESHOLDS["quick"])
+    assert not at.backdoored
+    assert at.over == ()
+
+
 def test_a_faint_added_trigger_is_shown_stronger_and_a_mask_as_it_is() -> None:
     pattern = np.full((1, SIDE, SIDE, 3), 0.02, np.float32)
     faint = Triggers(
@@ -213,12 +240,12 @@ def test_a_faint_added_trigger_is_shown_stronger_and_a_mask_as_it_is() -> None:
         pattern=pattern,
         success=np.ones(1, np.float32),
     )
-    shown = _picture("universal", faint, 0, images().pixels[:2], model())
+    shown = _picture("universal", faint, TARGET, images().pixels[:2], model())
     assert shown.magnified == 25
     assert shown.trigger.min() == 255
     assert (shown.after.astype(int) - shown.before).max() <= 5
     masked = replace(faint, mask=np.ones((1, SIDE, SIDE, 1), np.float32))
-    assert _picture("neural-cleanse", masked, 0, images().pixels[:2], model()).magnified == 1
+    assert _picture("neural-cleanse", masked, TARGET, images().pixels[:2], model()).magnified == 1
 
 
 def test_a_quick_report_without_images(tmp_path: Path) -> None:

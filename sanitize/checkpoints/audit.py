@@ -33,11 +33,14 @@ from sanitize.checkpoints.trusted import TrustedImages, to_pixels
 from sanitize.errors import UsageError
 from sanitize.progress import Progress
 from sanitize.reporting.checkpoint_page import TriggerPictures, render
+from sanitize.reporting.text import listed
 from sanitize.rundir import disk_errors, write_atomic
 
 HTML, JSON = "report.html", "report.json"
 PICTURES = 8
 """Trusted images that a trigger is shown on."""
+CLASSES_PICTURED, MOST_NAMED = 3, 5
+"""Most classes over the threshold whose triggers are shown, and that the verdict names beside the first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,8 +154,9 @@ def facts_of(
     return {
         "verdict": {
             **dataclasses.asdict(verdict),
+            "over": list(verdict.over),
             "suspected_label": label,
-            "sentence": sentence(found, label),
+            "sentence": sentence(found, classifier),
             "next": _next(found, shlex.join(words or [source]) + unknown, bool(references)),
         },
         "scores": {name: _number(score) for name, score in found.scores.items()},
@@ -186,10 +190,12 @@ def facts_of(
     }
 
 
-def sentence(found: Inspection, label: str) -> str:
+def sentence(found: Inspection, classifier: Classifier) -> str:
     """The verdict in words."""
     if found.verdict.backdoored:
-        return f"This model looks backdoored, towards class {label}"
+        first, *others = (classifier.label(class_id) for class_id in found.verdict.over)
+        more = f"; over the threshold, too: {listed(others, MOST_NAMED)}" if others else ""
+        return f"This model looks backdoored, towards class {first}{more}"
     if found.verdict.method == "quick":
         return "The quick statistics see no sign of a backdoor"
     if not any(compares(found.class_scores[part]) for part in METHODS[found.verdict.method]):
@@ -216,7 +222,7 @@ def _next(found: Inspection, given: str, compared: bool) -> list[dict[str, str]]
             {
                 "text": "A wave over the image outlives a repair that does not find it. See whether this one "
                 "says that it suspects a wave, and inspect the repaired checkpoint:",
-                "command": f"sanitize repair {given} --method pivotal-unlearning --out FIXED",
+                "command": f"sanitize repair {given} --out FIXED",
             }
             if _is_a_wave(found)
             else {
@@ -247,10 +253,11 @@ def _next(found: Inspection, given: str, compared: bool) -> list[dict[str, str]]
 
 
 def _is_a_wave(found: Inspection) -> bool:
-    """Whether the plane wave of the suspected class, not the rest of the evidence, made the score."""
+    """Whether the plane wave of a class, not the rest of the evidence, took it over the threshold."""
     name, count = (WAVES, WAVES_COUNT) if WAVES in found.class_scores else (PHASE, PHASE_COUNT)
     waves = found.class_scores.get(name)
-    return waves is not None and count * waves[found.verdict.suspected] >= found.verdict.score
+    scores = found.class_scores[found.verdict.method]
+    return waves is not None and any(count * waves[one] >= scores[one] for one in found.verdict.over)
 
 
 def _statistic(name: str, scores: Any, classifier: Classifier) -> dict[str, Any]:
@@ -293,26 +300,26 @@ def _number(value: Any) -> float | None:
 
 
 def _pictures(found: Inspection, classifier: Classifier, trusted: TrustedImages) -> list[TriggerPictures]:
-    """The suspected class's triggers, on trusted images of other classes spread over them."""
-    others = trusted.take(np.flatnonzero(trusted.class_id != found.verdict.suspected))
-    spread = np.argsort(np.random.default_rng(0).permutation(len(others)))[:PICTURES]
-    before = others.take(np.sort(spread)).pixels
+    """Triggers of the classes over the threshold, or of the highest, on trusted images of other classes."""
     return [
-        _picture(
-            name,
-            triggers,
-            int(np.flatnonzero(triggers.classes == found.verdict.suspected)[0]),
-            before,
-            classifier,
-        )
+        _picture(name, triggers, class_id, _some_others(trusted, class_id), classifier)
+        for class_id in found.verdict.over[:CLASSES_PICTURED] or (found.verdict.suspected,)
         for name, triggers in found.triggers.items()
-        if found.verdict.suspected in triggers.classes
+        if class_id in triggers.classes
     ]
 
 
+def _some_others(trusted: TrustedImages, class_id: int) -> Any:
+    """(N, R, R, 3) images of other classes, spread over them."""
+    others = trusted.take(np.flatnonzero(trusted.class_id != class_id))
+    spread = np.argsort(np.random.default_rng(0).permutation(len(others)))[:PICTURES]
+    return others.take(np.sort(spread)).pixels
+
+
 def _picture(
-    name: str, triggers: Triggers, place: int, before: Any, classifier: Classifier
+    name: str, triggers: Triggers, class_id: int, before: Any, classifier: Classifier
 ) -> TriggerPictures:
+    place = int(np.flatnonzero(triggers.classes == class_id)[0])
     strongest = float(triggers.mask[place].max())
     added = strongest == 0
     mask, pattern = triggers.tensors(place, torch.device("cpu"))
@@ -323,6 +330,7 @@ def _picture(
     stamped = stamp(to_pixels(before, torch.device("cpu")), mask, pattern, added)
     after = _images(stamped)
     return TriggerPictures(
+        label=classifier.label(class_id),
         statistic=name,
         trigger=_images(stamp(grey, (magnified * mask).clamp(max=1), strong, added))[0],
         magnified=magnified,

@@ -170,6 +170,8 @@ class Verdict:
     calibration: str
     suspected: int
     """The class of that score, whatever the verdict."""
+    over: tuple[int, ...]
+    """Every class over the threshold, highest first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -567,6 +569,7 @@ def _say_cost(
 
 def _verdict(method: str, class_scores: Scores, threshold: Threshold) -> Verdict:
     score = float(np.nanmax(class_scores))
+    highest_first = np.argsort(-np.nan_to_num(class_scores, nan=-np.inf), kind="stable").tolist()
     return Verdict(
         method=method,
         backdoored=score > threshold.value,
@@ -574,6 +577,7 @@ def _verdict(method: str, class_scores: Scores, threshold: Threshold) -> Verdict
         threshold=threshold.value,
         calibration=threshold.calibration,
         suspected=int(np.nanargmax(class_scores)),
+        over=tuple(one for one in highest_first if class_scores[one] > threshold.value),
     )
 
 

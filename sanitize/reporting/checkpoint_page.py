@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -88,8 +89,10 @@ _HEAD = """<!DOCTYPE html>
 
 @dataclass(frozen=True, kw_only=True)
 class TriggerPictures:
-    """A rebuilt trigger of the suspected class."""
+    """A rebuilt trigger of a class."""
 
+    label: str
+    """Of the class."""
     statistic: str
     """``universal``, ``calibrated``, ``neural-cleanse``, ``phase`` or ``waves``."""
     trigger: Pixels
@@ -113,7 +116,7 @@ def render(facts: Facts, pictures: list[TriggerPictures]) -> str:
 
     Args:
         facts: all of report.json.
-        pictures: of the suspected class; none where no trigger was rebuilt.
+        pictures: of the classes over the threshold, or of the highest; none where no trigger was rebuilt.
     """
     css = (resources.files("sanitize.reporting") / "page.css").read_text(encoding="utf-8")
     body = "\n".join(
@@ -152,13 +155,16 @@ def _verdict(facts: Facts) -> str:
 def _pictures(facts: Facts, pictures: list[TriggerPictures]) -> str:
     if not pictures:
         return ""
-    label = show(facts["verdict"]["suspected_label"])
-    blocks = "".join(_trigger(picture) for picture in pictures)
-    lead = (
-        f"What is to turn trusted images of other classes into <strong>{label}</strong>, the class with the "
-        "highest score. Above each other: the image, and the image with the trigger on."
-    )
-    return f'<section><h2>Rebuilt trigger</h2><p class="lead">{lead}</p>{blocks}</section>'
+    sections: list[str] = []
+    for label, own in itertools.groupby(pictures, key=lambda picture: picture.label):
+        highest = "the class with the highest score" if not sections else "over the threshold, too"
+        lead = (
+            f"What is to turn trusted images of other classes into <strong>{show(label)}</strong>, "
+            f"{highest}. Above each other: the image, and the image with the trigger on."
+        )
+        blocks = "".join(_trigger(picture) for picture in own)
+        sections.append(f'<section><h2>Rebuilt trigger</h2><p class="lead">{lead}</p>{blocks}</section>')
+    return "".join(sections)
 
 
 def _trigger(picture: TriggerPictures) -> str:
