@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from builders import member, sample, shard
 from conftest import run_cli
 from PIL import Image
@@ -482,13 +483,17 @@ def test_recipes_train_and_repeat() -> None:
     labels = np.arange(120) % CLASSES
     # the paper's crops and cosine on a small network
     chosen = recipe("small", 6)
-    for variant in (chosen, dataclasses.replace(chosen, schedule="cosine", crop=1, batch=32)):
+    cropped = dataclasses.replace(chosen, schedule="cosine", crop=1, batch=32)
+    for variant in (chosen, cropped, dataclasses.replace(recipe("small-sgd", 6), batch=32)):
         first, second = (retrain(images, labels, CLASSES, variant, seed=3, device="cpu") for _ in range(2))
         guesses = predict(first, images)
         np.testing.assert_array_equal(guesses, predict(second, images))
         assert metrics.clean_accuracy(guesses, labels) > 0.6
     assert recipe("badloss-paper") == RECIPES["badloss-paper"]
     assert RECIPES["badloss-paper"].network == "resnet50"
+    unpooled = dataclasses.replace(recipe("resnet18-sgd", 1), network="resnet18", batch=4)
+    network = retrain(images[:4], labels[:4], CLASSES, unpooled, seed=0, device="cpu").network
+    assert not any(isinstance(part, torch.nn.MaxPool2d) for part in network.modules())
     with pytest.raises(UsageError, match=r"retrain\.recipe large: expected auto, small"):
         recipe("large")
     with pytest.raises(UsageError, match="1 samples are left"):

@@ -34,7 +34,7 @@ from sanitize.rundir import write_atomic
 CLASSES = [str(number) for number in range(10)]
 ARCHITECTURES = {"small": "sanitize.dynamics.proxy:small", "resnet18": "torchvision:resnet18"}
 """Of a recipe's network."""
-RECIPES = ("small", "resnet18", "resnet18-sgd")
+RECIPES = ("small", "small-sgd", "resnet18", "resnet18-sgd")
 PARAMETER_CONTROLLED = "parameter-controlled"
 FRACTION = 0.1
 STEPS = 600
