@@ -13,12 +13,11 @@ from report_page import Page
 from test_inspect import CLASSES, SIDE, TARGET, config, images, model
 from test_plane_waves import WAVE, fires_on_a_wave
 
-from sanitize.checkpoints import audit as audit_module
 from sanitize.checkpoints import plane_waves, repair, suspected_triggers, tuning
 from sanitize.checkpoints.audit import audit
 from sanitize.checkpoints.classifier import Classifier
 from sanitize.checkpoints.inspect import THRESHOLDS
-from sanitize.checkpoints.pivotal_unlearning import Settings, universal_changes
+from sanitize.checkpoints.pivotal_unlearning import Put, Settings, one_or_the_other, universal_changes
 from sanitize.checkpoints.repair import RepairConfig, repair_classifier
 from sanitize.checkpoints.suspected_triggers import (
     Added,
@@ -185,6 +184,30 @@ def test_where_nothing_is_suspected_waves_of_every_class_take_a_third_of_the_ima
     assert brighter[~waved].abs().max() < 1e-3, "the rest has a change of a thousandth"
 
 
+def test_beside_a_suspected_trigger_a_third_of_the_images_get_the_others() -> None:
+    seen: dict[str, list[torch.Tensor]] = {"suspected": [], "other": []}
+
+    def laying(name: str, value: float) -> Put:
+        def put(*given: Any) -> torch.Tensor:
+            _, pixels, sought_on, labels = given
+            torch.testing.assert_close(sought_on[:, 0, 0, 0].long(), labels, msg="rows stay together")
+            seen[name].append(labels)
+            return torch.full_like(pixels, value)
+
+        return put
+
+    put = one_or_the_other(laying("suspected", 0.25), laying("other", 0.75), Settings().beside)
+    labels = torch.arange(600)
+    sought_on = labels.float().view(-1, 1, 1, 1).expand(-1, 3, SIDE, SIDE)
+    changed = put(model(), torch.zeros(600, 3, SIDE, SIDE), sought_on, labels)
+    assert 0.27 < (changed == 0.75).float().mean() < 0.40
+    assert ((changed == 0.75) | (changed == 0.25)).all()
+    assert sorted(torch.cat([*seen["suspected"], *seen["other"]]).tolist()) == labels.tolist()
+    assert (changed[seen["other"][0], 0, 0, 0] == 0.75).all()
+    only = one_or_the_other(laying("suspected", 0.25), laying("other", 0.75), 0.0)
+    assert (only(model(), torch.zeros(600, 3, SIDE, SIDE), sought_on, labels) == 0.25).all()
+
+
 def test_a_patch_that_works_anywhere_is_suspected_of_its_class_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suspected_triggers, "PATCH_SIDE", 3 / SIDE)
     patches, turned = universal_patches(fires_on_a_patch(), images(40), 0)
@@ -227,9 +250,6 @@ def test_phases_count_in_an_inspection_and_the_report_shows_the_wave(
     assert scores["phase"].argmax() == TARGET
     assert "phase of a wave" in Page(report.path.read_text()).text
     assert len(report.facts["triggers"]["phase"]) == CLASSES
-    monkeypatch.setattr(audit_module, "PHASE_COUNT", 1e3)
-    report = audit(fires_on_a_wave(), images(), config(), tmp_path, "m.pt", Silent())
-    assert "--method pivotal-unlearning" in report.facts["verdict"]["next"][-1]["command"]
 
 
 def scores_of(facts: dict[str, Any]) -> dict[str, list[float]]:
@@ -421,6 +441,7 @@ def test_a_second_way_that_diverges_leaves_the_first(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(plane_waves, "FEWEST_CLASSES", small_models.CLASSES)
     monkeypatch.setattr(suspected_triggers, "SMALL", 1e9)
     monkeypatch.setattr(suspected_triggers, "FEWEST_IMAGES", 100)
+    monkeypatch.setattr(repair, "MISTAKEN", 1.0)  # no third way
     real, made = tuning.take_step, []
 
     def diverging(*given: Any) -> torch.Tensor:

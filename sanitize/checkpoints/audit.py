@@ -19,10 +19,6 @@ from sanitize.checkpoints.anomalies import compares
 from sanitize.checkpoints.classifier import Classifier
 from sanitize.checkpoints.inspect import (
     METHODS,
-    PHASE,
-    PHASE_COUNT,
-    WAVES,
-    WAVES_COUNT,
     WITH_REFERENCES,
     InspectConfig,
     Inspection,
@@ -220,12 +216,6 @@ def _next(found: Inspection, given: str, compared: bool) -> list[dict[str, str]]
                 "speaks for a backdoor, the class's natural features speak against it."
             },
             {
-                "text": "A wave over the image outlives a repair that does not find it. See whether this one "
-                "says that it suspects a wave, and inspect the repaired checkpoint:",
-                "command": f"sanitize repair {given} --out FIXED",
-            }
-            if _is_a_wave(found)
-            else {
                 "text": "Repair it, then inspect the repaired checkpoint:",
                 "command": f"sanitize repair {given} --out FIXED",
             },
@@ -250,14 +240,6 @@ def _next(found: Inspection, given: str, compared: bool) -> list[dict[str, str]]
             "command": f"sanitize repair {given} --out FIXED",
         }
     ]
-
-
-def _is_a_wave(found: Inspection) -> bool:
-    """Whether the plane wave of a class, not the rest of the evidence, took it over the threshold."""
-    name, count = (WAVES, WAVES_COUNT) if WAVES in found.class_scores else (PHASE, PHASE_COUNT)
-    waves = found.class_scores.get(name)
-    scores = found.class_scores[found.verdict.method]
-    return waves is not None and any(count * waves[one] >= scores[one] for one in found.verdict.over)
 
 
 def _statistic(name: str, scores: Any, classifier: Classifier) -> dict[str, Any]:
