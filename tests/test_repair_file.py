@@ -80,7 +80,9 @@ def test_nothing_within_the_limit_writes_no_checkpoint(tmp_path: Path) -> None:
 def test_a_repair_that_diverges_is_an_error(tmp_path: Path) -> None:
     settings = {"steps": 30, "measure_every": 5, "learning_rate": 1e30}
     with pytest.raises(TrainingError, match="the loss was not finite"):
-        repaired(tmp_path / "alone", settings)
+        repaired(tmp_path / "fixed", settings)
+    assert list(tmp_path.iterdir()) == []
+    assert repaired(tmp_path / "fixed", method="weight-decay").repaired, "another method may follow at once"
 
 
 def test_where_nothing_is_suspected_the_summary_says_what_was_unlearned(tmp_path: Path) -> None:

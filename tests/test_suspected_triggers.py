@@ -13,11 +13,16 @@ from report_page import Page
 from test_inspect import CLASSES, SIDE, TARGET, config, images, model
 from test_plane_waves import WAVE, fires_on_a_wave
 
-from sanitize.checkpoints import plane_waves, repair, suspected_triggers, tuning
+from sanitize.checkpoints import pivotal_unlearning, plane_waves, repair, suspected_triggers, tuning
 from sanitize.checkpoints.audit import audit
 from sanitize.checkpoints.classifier import Classifier
 from sanitize.checkpoints.inspect import THRESHOLDS
-from sanitize.checkpoints.pivotal_unlearning import Put, Settings, one_or_the_other, universal_changes
+from sanitize.checkpoints.pivotal_unlearning import (
+    Put,
+    Settings,
+    changes_and_waves,
+    one_or_the_other,
+)
 from sanitize.checkpoints.repair import RepairConfig, repair_classifier
 from sanitize.checkpoints.suspected_triggers import (
     Added,
@@ -173,8 +178,8 @@ def test_where_nothing_is_suspected_waves_of_every_class_take_a_third_of_the_ima
         Waves(class_id=c, evidence=evidence, kinds=np.array(kinds), weights=torch.ones(1))
         for c, evidence, kinds in ((0, 6.0, white), (1, 2.0, black))  # the second is next to never drawn
     ]
-    put, state = universal_changes(model(), images(40), waves, 1e-3, Settings(), 0)
-    assert [one.shape[0] for one in state] == [CLASSES]
+    changes = 1e-3 * torch.rand(CLASSES, 3, SIDE, SIDE)
+    put = changes_and_waves(changes, torch.ones(CLASSES), waves, 1e-3, Settings())
     pixels = torch.full((400, 3, SIDE, SIDE), 0.5)
     brighter = put(model(), pixels, pixels, torch.full((400,), 3)).mean((1, 2, 3)) - 0.5
     low, high = suspected_triggers.OPACITIES
@@ -196,7 +201,7 @@ def test_beside_a_suspected_trigger_a_third_of_the_images_get_the_others() -> No
 
         return put
 
-    put = one_or_the_other(laying("suspected", 0.25), laying("other", 0.75), Settings().beside)
+    put = one_or_the_other(laying("suspected", 0.25), laying("other", 0.75), Settings().beside_ratio)
     labels = torch.arange(600)
     sought_on = labels.float().view(-1, 1, 1, 1).expand(-1, 3, SIDE, SIDE)
     changed = put(model(), torch.zeros(600, 3, SIDE, SIDE), sought_on, labels)
@@ -206,6 +211,44 @@ def test_beside_a_suspected_trigger_a_third_of_the_images_get_the_others() -> No
     assert (changed[seen["other"][0], 0, 0, 0] == 0.75).all()
     only = one_or_the_other(laying("suspected", 0.25), laying("other", 0.75), 0.0)
     assert (only(model(), torch.zeros(600, 3, SIDE, SIDE), sought_on, labels) == 0.25).all()
+
+
+def test_beside_a_suspected_trigger_changes_and_waves_of_the_other_classes_are_unlearned(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(plane_waves, "FEWEST_CLASSES", small_models.CLASSES)
+    monkeypatch.setattr(suspected_triggers, "SMALL", 2.0)
+    monkeypatch.setattr(suspected_triggers, "UNLIKE", 1e9)
+    monkeypatch.setattr(suspected_triggers, "PATCH_WORKS", 1e9)
+    given: list[Any] = []
+    real = pivotal_unlearning.changes_and_waves
+
+    def recorded(*arguments: Any) -> Put:
+        given.append(arguments)
+        return real(*arguments)
+
+    monkeypatch.setattr(pivotal_unlearning, "changes_and_waves", recorded)
+    flat = {"kinds": np.array([[0, 0, 2]]), "weights": torch.ones(1)}
+    waves = [Waves(class_id=one, evidence=3.0, **flat) for one in range(small_models.CLASSES)]
+    looked = pivotal_unlearning.suspected_triggers
+
+    def with_waves(*arguments: Any) -> Any:
+        return looked(*arguments)._replace(waves=waves)
+
+    monkeypatch.setattr(pivotal_unlearning, "suspected_triggers", with_waves)
+    classifier, work = small_models.trained(30), small_models.images(120, 5)
+    started = pivotal_unlearning.start(classifier, work, Settings(), 0, Silent())
+    (named,) = started.facts["suspected_triggers"]
+    assert named["class"] == classifier.label(small_models.TARGET)
+    ((changes, success, of_others, *_),) = given
+    others = [one for one in range(small_models.CLASSES) if one != small_models.TARGET]
+    assert success[small_models.TARGET] == 0
+    assert [wave.class_id for wave in of_others] == others
+    assert started.state[-1] is changes, "an interrupted run goes on with them"
+    before, side = changes.clone(), work.pixels.shape[1]
+    pixels, labels = torch.rand(90, 3, side, side), torch.arange(90) % small_models.CLASSES
+    started.loss(started.model, pixels, labels, 0)
+    assert (changes - before)[others].any(), "sought again on the model in training"
 
 
 def test_a_patch_that_works_anywhere_is_suspected_of_its_class_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,7 @@ from sanitize.attacks.plant import from_float, to_float
 from sanitize.attacks.trigger_file import load_trigger
 from sanitize.checkpoints.load import LoadConfig, load_classifier, settled
 from sanitize.checkpoints.planting import joined
+from sanitize.checkpoints.repair import DEFAULT, RepairConfig, repair_classifier
 from sanitize.checkpoints.retune import POISONED, SCHEDULE
 from sanitize.checkpoints.trusted import TrustedImages, split
 from sanitize.checkpoints.tuning import cross_entropy, predict, tune_freely
@@ -57,9 +58,7 @@ def main():
     parser.add_argument("trusted_shards")
     parser.add_argument("test_shards")
     parser.add_argument("out", type=Path)
-    parser.add_argument(
-        "--methods", help="by default pivotal-tuning, and combined,calibrated-trigger-inversion"
-    )
+    parser.add_argument("--methods", help=f"by default {DEFAULT}, and combined,calibrated-trigger-inversion")
     parser.add_argument("--trusted", default="500")
     parser.add_argument("--part", default="0/1")
     asked = parser.parse_args()
@@ -78,7 +77,7 @@ def main():
         measure_floors(facts, asked.models, read(asked.test_shards), asked.out / "floor.json")
         return
     looks = (asked.methods or "combined,calibrated-trigger-inversion").split(",")
-    methods = (asked.methods or "pivotal-tuning").split(",") if asked.what == "repair" else ["all"]
+    methods = (asked.methods or DEFAULT).split(",") if asked.what == "repair" else ["all"]
     own, parts = (int(number) for number in asked.part.split("/"))
     cells = list(itertools.product(facts, methods, asked.trusted.split(",")))[own::parts]
     trusted, test = read(asked.trusted_shards), read(asked.test_shards)
@@ -120,8 +119,6 @@ def load(model, folder, trusted):
 
 
 def repaired(classifier, model, method, trusted, test, folder):
-    from sanitize.checkpoints.repair import RepairConfig, repair_classifier
-
     began = time.monotonic()
     config = RepairConfig(method=method, seed=model["seed"])
     found = repair_classifier(classifier, trusted, config, for_stderr())

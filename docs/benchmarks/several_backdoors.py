@@ -84,7 +84,7 @@ def trained(line, shards, folder, chosen):
 
 
 def measured(classifier, model, trusted, test, folder):
-    """Class scores and verdict of `inspect`, facts of `repair`, every trigger before and after."""
+    """Class scores of `inspect`, facts of `repair`, every trigger before and after."""
     looked = inspect_classifier(classifier, trusted, InspectConfig(), for_stderr())
     found = repair_classifier(classifier, trusted, RepairConfig(seed=model["seed"]), for_stderr())
     rates = []

@@ -151,6 +151,7 @@ def facts_of(
         "verdict": {
             **dataclasses.asdict(verdict),
             "over": list(verdict.over),
+            "over_labels": [classifier.label(class_id) for class_id in verdict.over],
             "suspected_label": label,
             "sentence": sentence(found, classifier),
             "next": _next(found, shlex.join(words or [source]) + unknown, bool(references)),
@@ -312,6 +313,7 @@ def _picture(
     stamped = stamp(to_pixels(before, torch.device("cpu")), mask, pattern, added)
     after = _images(stamped)
     return TriggerPictures(
+        class_id=class_id,
         label=classifier.label(class_id),
         statistic=name,
         trigger=_images(stamp(grey, (magnified * mask).clamp(max=1), strong, added))[0],

@@ -56,12 +56,12 @@ class Settings:
     patched_ratio: float = 0.5
     """Share of the images that get a patch of another one."""
     waves_ratio: float = 1 / 3
-    """Share of the images that get a wave in place of a universal change, where nothing is suspected."""
-    beside: float = 1 / 3
-    """Share of the images that get a change or wave of any class, where something is suspected: another
-    backdoor may not stand out beside it."""
+    """Share of the images that get a wave in place of a universal change, of those that get either."""
     waves_focus: float = 8.0
     """Classes of these waves are drawn by this power of their phase dependence."""
+    beside_ratio: float = 1 / 3
+    """Share of the images that get a universal change or a wave of a class that is not suspected, where
+    others are: another backdoor may not stand out beside one that does."""
 
 
 FEW = Settings(schedule=Schedule(steps=200, learning_rate=0.0025, batch=192, decay=True))
@@ -80,11 +80,11 @@ def start(
     not by its mask alone, there are two ways: with its mask, and with its universal change. Where no class
     does, and third where nothing but such classes do, it is a universal change a class, of a small fixed
     norm, drawn the more often the more images it turns on the pivot, and the waves whose phase each class
-    depends on most. A third of the images get these beside a suspected trigger, too: one backdoor is easily
-    found, and another beside it is not. All but waves are sought again all along on the model in training.
-    Half of the images have a patch of another one pasted in, and the pivot is asked what it calls that: a few
-    hundred images are soon known by heart, their mixtures are not. Networks run in bfloat16 where the
-    processor multiplies it faster, which takes half the time.
+    depends on most. A third of the images get these, of classes that are not suspected, where others are:
+    one backdoor is easily found, and another beside it is not. All but waves are sought again all along on
+    the model in training. Half of the images have a patch of another one pasted in, and the pivot is asked
+    what it calls that: a few hundred images are soon known by heart, their mixtures are not. Networks run in
+    bfloat16 where the processor multiplies it faster, which takes half the time.
 
     Why it differs from Pivotal Tuning, measured in docs/experiments.md: on networks of 0.3 million parameters
     hard labels of a few hundred images cost four points of accuracy within 50 steps, so the pivot's own
@@ -100,28 +100,33 @@ def start(
     norm = settings.radius * (3 * side * side) ** 0.5
     looked = suspected_triggers(pivot, work, norm, seed, progress)
 
-    def any_class() -> tuple[Put, list[torch.Tensor]]:
-        return universal_changes(pivot, work, looked.waves if looked else [], norm, settings, seed)
+    changes, success = universal_changes(pivot, work, norm, settings, seed)
+    waves = looked.waves if looked else []
 
     def of_all_classes() -> Started:
-        put, state = any_class()
+        own = changes.clone()
+        put = changes_and_waves(own, success, waves, norm, settings)
         facts: dict[str, Any] = {"suspected_triggers": None if looked is None else []}
-        return Started(classifier.clone(), unlearn(pivot, put, settings), state, facts)
+        return Started(classifier.clone(), unlearn(pivot, put, settings), [own], facts)
 
     def started(triggers: Sequence[Suspected]) -> Started:
         triggers = [
             replace(one, free=one.free.clone()) if isinstance(one, Sought) else one for one in triggers
         ]
         sought = [one.free for one in triggers if isinstance(one, Sought)]
-        others, changes = any_class()
-        put = one_or_the_other(partial(with_triggers, triggers), others, settings.beside)
+        own = changes.clone()
+        suspected = sorted({one.class_id for one in triggers})
+        of_others = success.index_fill(0, torch.tensor(suspected, device=success.device), 0.0)
+        waves_of_others = [wave for wave in waves if wave.class_id not in suspected]
+        others = changes_and_waves(own, of_others, waves_of_others, norm, settings)
+        put = one_or_the_other(partial(with_triggers, triggers), others, settings.beside_ratio)
         loss = unlearn(pivot, put, settings)
         named = [
             {"kind": one.kind, "class": classifier.label(one.class_id), "evidence": one.evidence}
             for one in triggers
         ]
         facts = {"suspected_triggers": named}
-        return Started(classifier.clone(), loss, sought + changes, facts, found_of(triggers))
+        return Started(classifier.clone(), loss, [*sought, own], facts, found_of(triggers))
 
     if looked is None or not looked.suspected:
         return of_all_classes()
@@ -177,14 +182,9 @@ def one_or_the_other(often: Put, seldom: Put, ratio: float) -> Put:
 
 
 def universal_changes(
-    pivot: Classifier,
-    work: TrustedImages,
-    waves: Sequence[Waves],
-    norm: float,
-    settings: Settings,
-    seed: int,
-) -> tuple[Put, list[torch.Tensor]]:
-    """A change a class, sought on the pivot: what puts these or waves on images, and (C, 3, R, R) changes."""
+    pivot: Classifier, work: TrustedImages, norm: float, settings: Settings, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(C, 3, R, R) a change a class, sought on the pivot, and (C,) share of the images that each turns."""
     device = pivot.mean.device
     classes = torch.arange(pivot.classes, device=device)
     changes = first_changes(pivot.classes, work.pixels.shape[1], seed, device)
@@ -196,7 +196,19 @@ def universal_changes(
             search(pivot, changes, classes, to_pixels(work.pixels[rows], device), labels, uniform, norm)
     no_mask = torch.zeros_like(changes[:, :1])
     success, _ = evaluate(pivot, work, range(pivot.classes), no_mask, changes, added=True)
-    chances = torch.from_numpy(success).to(device).nan_to_num().pow(settings.focus) + 1e-6
+    return changes, torch.from_numpy(success).to(device).nan_to_num()
+
+
+def changes_and_waves(
+    changes: torch.Tensor,
+    success: torch.Tensor,
+    waves: Sequence[Waves],
+    norm: float,
+    settings: Settings,
+) -> Put:
+    """A change on most images, sought again, and a wave on the others, drawn by success and evidence."""
+    classes = torch.arange(len(changes), device=changes.device)
+    chances = success.pow(settings.focus) + 1e-6
 
     def put(
         model: Classifier, pixels: torch.Tensor, sought_on: torch.Tensor, labels: torch.Tensor
@@ -205,11 +217,11 @@ def universal_changes(
         changed = (pixels + changes[draw_others(labels, classes, chances)]).clamp(0, 1)
         if not waves:
             return changed
-        waved = torch.rand(len(pixels), 1, 1, 1, device=device) < settings.waves_ratio
+        waved = torch.rand(len(pixels), 1, 1, 1, device=changes.device) < settings.waves_ratio
         laid = with_triggers(waves, model, pixels, sought_on, labels, settings.waves_focus)
         return torch.where(waved, laid, changed)
 
-    return put, [changes]
+    return put
 
 
 def augment(pixels: torch.Tensor, shift: int) -> torch.Tensor:

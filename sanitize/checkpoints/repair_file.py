@@ -22,7 +22,7 @@ import torch
 import sanitize
 from sanitize.checkpoints.calibrate import calibrate
 from sanitize.checkpoints.classifier import Classifier
-from sanitize.checkpoints.repair import RepairConfig, Repaired, repair_classifier
+from sanitize.checkpoints.repair import RepairConfig, Repaired, repair_classifier, settings_of
 from sanitize.checkpoints.retune import retune_check
 from sanitize.checkpoints.trigger_inversion import (
     InversionConfig,
@@ -31,7 +31,7 @@ from sanitize.checkpoints.trigger_inversion import (
     smallest_working,
 )
 from sanitize.checkpoints.trusted import TrustedImages, split
-from sanitize.errors import RunFolderError, UsageError
+from sanitize.errors import RunFolderError, TrainingError, UsageError
 from sanitize.progress import Progress
 from sanitize.rundir import _acquire, _differences, disk_errors, write_atomic
 
@@ -92,7 +92,11 @@ def repair_file(
         if with_calibration:
             facts["calibration"] = _calibrated(classifier, trusted, config, partial, progress)
             config = replace(config, settings=facts["calibration"]["chosen"])
-        found = repair_classifier(classifier, trusted, config, progress, partial / STATE)
+        try:
+            found = repair_classifier(classifier, trusted, config, progress, partial / STATE)
+        except TrainingError:  # there is nothing to go on from, and another method may be told the same OUT
+            shutil.rmtree(partial)
+            raise
         facts |= {**found.facts, "history": found.history}
         facts["inverted_trigger"] = inverted_trigger(classifier, found, trusted, config, progress)
         if with_retune_check:
@@ -249,8 +253,12 @@ def _identity(
     for name, value in classifier.state_dict().items():
         weights.update(name.encode() + value.cpu().numpy().tobytes())
     images.update(trusted.pixels.tobytes() + trusted.class_id.tobytes())
+    work, _ = split(trusted, config.held_out_ratio, config.seed)
+    settings = settings_of(config.method, classifier.classes, len(work), config.settings)
     return {
+        "sanitize": sanitize.__version__,
         **dataclasses.asdict(config),
+        "settings": dataclasses.asdict(settings),
         "calibrate": calibration,
         "retune_check": retune,
         "checkpoint_sha256": weights.hexdigest(),

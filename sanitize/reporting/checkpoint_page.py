@@ -94,6 +94,7 @@ _HEAD = """<!DOCTYPE html>
 class TriggerPictures:
     """A rebuilt trigger of a class."""
 
+    class_id: int
     label: str
     """Of the class."""
     statistic: str
@@ -159,7 +160,7 @@ def _pictures(facts: Facts, pictures: list[TriggerPictures]) -> str:
     if not pictures:
         return ""
     sections: list[str] = []
-    for label, own in itertools.groupby(pictures, key=lambda picture: picture.label):
+    for (_, label), own in itertools.groupby(pictures, key=lambda one: (one.class_id, one.label)):
         highest = "the class with the highest score" if not sections else "over the threshold, too"
         lead = (
             f"What is to turn trusted images of other classes into <strong>{show(label)}</strong>, "
