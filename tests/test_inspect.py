@@ -219,7 +219,8 @@ def test_every_class_over_the_threshold_is_named_and_the_first_three_are_picture
     assert over == sorted(range(CLASSES), key=lambda one: -scores[one])
     first, *others = (names[one] for one in over)
     assert first == names[TARGET]
-    said = f"towards class {first}; over the threshold, too: {', '.join(others[:-1])} and {others[-1]}"
+    named = f"{', '.join(others[:-1])} and {others[-1]}"
+    said = f"towards class {first}; classes {named} are over the threshold, too"
     assert report.verdict == f"This model looks backdoored, {said}"
     text = Page(report.path.read_text()).text
     shown = [name for name in names if f"other classes into {name} " in " ".join(text.split())]

@@ -191,7 +191,8 @@ def sentence(found: Inspection, classifier: Classifier) -> str:
     """The verdict in words."""
     if found.verdict.backdoored:
         first, *others = (classifier.label(class_id) for class_id in found.verdict.over)
-        more = f"; over the threshold, too: {listed(others, MOST_NAMED)}" if others else ""
+        are = "classes {} are" if len(others) > 1 else "class {} is"
+        more = f"; {are.format(listed(others, MOST_NAMED))} over the threshold, too" if others else ""
         return f"This model looks backdoored, towards class {first}{more}"
     if found.verdict.method == "quick":
         return "The quick statistics see no sign of a backdoor"
@@ -213,7 +214,7 @@ def _next(found: Inspection, given: str, compared: bool) -> list[dict[str, str]]
     if found.verdict.backdoored:
         return [
             {
-                "text": "Do not deploy it as it is. Look at the rebuilt trigger below: a meaningless mark "
+                "text": "Do not deploy it as it is. Look at what was rebuilt below: a meaningless mark "
                 "speaks for a backdoor, the class's natural features speak against it."
             },
             {

@@ -167,7 +167,9 @@ def _pictures(facts: Facts, pictures: list[TriggerPictures]) -> str:
             f"{highest}. Above each other: the image, and the image with the trigger on."
         )
         blocks = "".join(_trigger(picture) for picture in own)
-        sections.append(f'<section><h2>Rebuilt trigger</h2><p class="lead">{lead}</p>{blocks}</section>')
+        sections.append(
+            f'<section><h2>Rebuilt trigger of {show(label)}</h2><p class="lead">{lead}</p>{blocks}</section>'
+        )
     return "".join(sections)
 
 
