@@ -87,15 +87,18 @@ def measured(classifier, model, trusted, test, folder):
     """Class scores of `inspect`, facts of `repair`, every trigger before and after."""
     looked = inspect_classifier(classifier, trusted, InspectConfig(), for_stderr())
     found = repair_classifier(classifier, trusted, RepairConfig(seed=model["seed"]), for_stderr())
-    rates = []
-    for one in model["backdoors"]:
-        before, after = (judged(c, one, test, folder) for c in (classifier, found.classifier))
-        at = best(before)
-        rates.append(one | {"at": at, "before": before[at], "after": after[at]})
+    before, after = (
+        [judged(one, backdoor, test, folder) for backdoor in model["backdoors"]]
+        for one in (classifier, found.classifier)
+    )
+    rates = [
+        backdoor | {"at": best(old), "before": old[best(old)], "after": new[best(old)]}
+        for backdoor, old, new in zip(model["backdoors"], before, after, strict=True)
+    ]
     scores = looked.class_scores["combined"]
     return {
         "model": model["name"],
-        "clean_accuracy": [before["clean_accuracy"], after["clean_accuracy"]],
+        "clean_accuracy": [before[0]["clean_accuracy"], after[0]["clean_accuracy"]],
         "backdoors": rates,
         "class_scores": np.asarray(scores).tolist(),
         "facts": found.facts,

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sanitize.checkpoints import plane_waves
-from sanitize.checkpoints.inspect import PHASE_COUNT
+from sanitize.checkpoints.inspect import THRESHOLDS
 from sanitize.reporting.text import next_steps, number_of, percent, show, show_long
 
 Facts = dict[str, Any]
@@ -55,7 +55,7 @@ MEANING = {
     "periods an image are tried.",
     "phase": "How much the class depends on where a faint plane wave begins, for the wave where it is most, "
     f"next to the other waves and classes of this network; {plane_waves.PHASE:g} counts like "
-    f"{PHASE_COUNT * plane_waves.PHASE:g}. Texture is the same wherever "
+    f"{THRESHOLDS['combined'].value:g}. Texture is the same wherever "
     "it begins, unless the network knows places (by a flattened head, or position embeddings).",
     "alone": "The score as it would be if there were no reference networks.",
     "natural": "The mean score of the class in the reference networks, which is taken off the model's.",
