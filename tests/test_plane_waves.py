@@ -13,8 +13,6 @@ from small_models import network, trained
 from test_inspect import CLASSES, SIDE, TARGET, config, images, model
 from test_repair_file import checkpoint_and_shards
 
-from sanitize.checkpoints import audit as audit_module
-from sanitize.checkpoints import inspect as inspect_module
 from sanitize.checkpoints import plane_waves
 from sanitize.checkpoints import references as references_module
 from sanitize.checkpoints.audit import audit
@@ -86,9 +84,7 @@ def test_the_wave_that_means_a_class_to_the_model_alone_is_found() -> None:
     assert made.success[TARGET] > 0.9
 
 
-def test_the_report_shows_the_wave_strong_enough_to_be_seen(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_report_shows_the_wave_strong_enough_to_be_seen(tmp_path: Path) -> None:
     report = audit(fires_on_a_wave(), images(), config(), tmp_path, "m.pt", Silent(), references=three())
     page = Page(report.path.read_text())
     assert page.open == []
@@ -96,10 +92,6 @@ def test_the_report_shows_the_wave_strong_enough_to_be_seen(
     assert {row["statistic"] for row in report.facts["statistics"]} >= {"alone", "natural", "waves"}
     assert report.facts["model"]["references"] == list("abc")
     assert report.facts["verdict"]["next"][-1]["text"].startswith("Repair it")
-    for module in (inspect_module, audit_module):
-        monkeypatch.setattr(module, "WAVES_COUNT", 1.0)
-    report = audit(fires_on_a_wave(), images(), config(), tmp_path, "m.pt", Silent(), references=three())
-    assert report.facts["verdict"]["next"][-1]["text"].startswith("A wave over the image outlives a repair")
 
 
 def test_what_is_natural_is_taken_off_and_said() -> None:

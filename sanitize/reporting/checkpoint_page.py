@@ -16,8 +16,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sanitize.checkpoints import plane_waves
-from sanitize.checkpoints.inspect import THRESHOLDS
 from sanitize.reporting.text import next_steps, number_of, percent, show, show_long
 
 Facts = dict[str, Any]
@@ -54,8 +52,7 @@ MEANING = {
     "the reference networks do, in units of their spread, for the wave where it is most. Waves of up to 14 "
     "periods an image are tried.",
     "phase": "How much the class depends on where a faint plane wave begins, for the wave where it is most, "
-    f"next to the other waves and classes of this network; {plane_waves.PHASE:g} counts like "
-    f"{THRESHOLDS['combined'].value:g}. Texture is the same wherever "
+    "next to the other waves and classes of this network; 7 counts like 0.7. Texture is the same wherever "
     "it begins, unless the network knows places (by a flattened head, or position embeddings).",
     "alone": "The score as it would be if there were no reference networks.",
     "natural": "The mean score of the class in the reference networks, which is taken off the model's.",
