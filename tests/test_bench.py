@@ -491,7 +491,7 @@ def test_recipes_train_and_repeat() -> None:
         assert metrics.clean_accuracy(guesses, labels) > 0.6
     assert recipe("badloss-paper") == RECIPES["badloss-paper"]
     assert RECIPES["badloss-paper"].network == "resnet50"
-    unpooled = dataclasses.replace(recipe("resnet18-sgd", 1), network="resnet18", batch=4)
+    unpooled = dataclasses.replace(recipe("resnet18-sgd", 1), batch=4)
     network = retrain(images[:4], labels[:4], CLASSES, unpooled, seed=0, device="cpu").network
     assert not any(isinstance(part, torch.nn.MaxPool2d) for part in network.modules())
     with pytest.raises(UsageError, match=r"retrain\.recipe large: expected auto, small"):

@@ -14,8 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from checkpoint_defences import best, first_of_each, judged, load, markdown, read
-from safetensors.torch import save
-from train_checkpoints import ARCHITECTURES
+from train_checkpoints import keep, loading
 
 from sanitize.attacks.plant import AttackSpec, plant
 from sanitize.attacks.trigger_file import SavedTrigger, save_trigger
@@ -68,18 +67,8 @@ def trained(line, shards, folder, chosen):
         trigger = SavedTrigger(attack, str(target), seed, planted.triggers[attack])
         save_trigger(folder / "triggers" / one["name"], trigger)
         backdoors.append(one)
-    facts = {
-        "name": name,
-        "seed": seed,
-        "arch": ARCHITECTURES[chosen.network],
-        "mean": (model.mean.flatten() / 255).tolist(),
-        "std": (model.std.flatten() / 255).tolist(),
-        "backdoors": backdoors,
-    }
-    tensors = {key: value.contiguous() for key, value in model.network.state_dict().items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / f"{name}.safetensors", save(tensors))
-    write_atomic(path, json.dumps(facts, indent=1).encode())
+    facts = {"name": name, "seed": seed, **loading(model, chosen), "backdoors": backdoors}
+    keep(model, facts, folder)
     return facts
 
 

@@ -27,7 +27,7 @@ from sanitize.attacks.plant import AttackSpec, from_float, plant, to_float
 from sanitize.attacks.trigger_file import SavedTrigger, save_trigger
 from sanitize.evaluate.images import decode_all, read_encoded
 from sanitize.evaluate.metrics import attack_success_rate, clean_accuracy
-from sanitize.evaluate.retrain import Recipe, predict, recipe, retrain
+from sanitize.evaluate.retrain import Model, Recipe, predict, recipe, retrain
 from sanitize.progress import for_stderr
 from sanitize.rundir import write_atomic
 
@@ -82,20 +82,32 @@ def make(attack: str, poisoned: int, seed: int, train, test, out: Path, chosen: 
         "attack": attack,
         "poisoned": poisoned,
         "seed": seed,
-        "arch": ARCHITECTURES[chosen.network],
-        "mean": (model.mean.flatten() / 255).tolist(),
-        "std": (model.std.flatten() / 255).tolist(),
+        **loading(model, chosen),
         "target": target,
         **measure(model, attack, target, trigger, test, seed),
     }
-    tensors = {key: value.contiguous() for key, value in model.network.state_dict().items()}
-    write_atomic(out / f"{name}.safetensors", save(tensors))
     if trigger is not None:
         stamped_as = "badnets" if attack == PARAMETER_CONTROLLED else attack
         save_trigger(out / "triggers" / name, SavedTrigger(stamped_as, str(target), seed, trigger))
-    write_atomic(out / f"{name}.json", json.dumps(facts, indent=1).encode())
+    keep(model, facts, out)
     claim.unlink()
     print(json.dumps(facts))
+
+
+def loading(model: Model, chosen: Recipe) -> dict[str, object]:
+    """What it takes to load a model again."""
+    return {
+        "arch": ARCHITECTURES[chosen.network],
+        "mean": (model.mean.flatten() / 255).tolist(),
+        "std": (model.std.flatten() / 255).tolist(),
+    }
+
+
+def keep(model: Model, facts: dict, out: Path) -> None:
+    """Write the weights, and last the facts, by which a model counts as trained."""
+    tensors = {key: value.contiguous() for key, value in model.network.state_dict().items()}
+    write_atomic(out / f"{facts['name']}.safetensors", save(tensors))
+    write_atomic(out / f"{facts['name']}.json", json.dumps(facts, indent=1).encode())
 
 
 def claimed(path: Path) -> bool:

@@ -123,7 +123,7 @@ def render(facts: Facts, pictures: list[TriggerPictures]) -> str:
     body = "\n".join(
         part
         for part in (
-            _pictures(facts, pictures),
+            _pictures(pictures),
             _classes(facts),
             _statistics(facts),
             _notes(facts),
@@ -153,9 +153,7 @@ def _verdict(facts: Facts) -> str:
     )
 
 
-def _pictures(facts: Facts, pictures: list[TriggerPictures]) -> str:
-    if not pictures:
-        return ""
+def _pictures(pictures: list[TriggerPictures]) -> str:
     sections: list[str] = []
     for (_, label), own in itertools.groupby(pictures, key=lambda one: (one.class_id, one.label)):
         highest = "the class with the highest score" if not sections else "over the threshold, too"
