@@ -77,10 +77,11 @@ def fires_on_a_patch() -> Classifier:
     )
 
 
-def masked(class_id: int = TARGET, evidence: float = 4.0) -> Masked:
+def masked(class_id: int = TARGET, evidence: float = 4.0, mirrored: bool = True) -> Masked:
     mask = torch.zeros(1, SIDE, SIDE)
     mask[:, 6:, 6:] = 1
-    return Masked(class_id=class_id, evidence=evidence, mask=mask, free=torch.zeros(3, SIDE, SIDE))
+    free = torch.zeros(3, SIDE, SIDE)
+    return Masked(class_id=class_id, evidence=evidence, mask=mask, free=free, mirrored=mirrored)
 
 
 def test_the_mask_of_a_corner_is_suspected_of_its_class_alone() -> None:
@@ -90,6 +91,26 @@ def test_the_mask_of_a_corner_is_suspected_of_its_class_alone() -> None:
     assert isinstance(trigger, Masked)
     assert trigger.evidence >= suspected_triggers.SMALL
     assert trigger.mask[0, 6:, 6:].max() > trigger.mask[0, :4, :4].max()
+    assert not trigger.mirrored
+
+
+def test_the_mirror_image_of_a_mask_is_suspected_where_it_works() -> None:
+    class Symmetric(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model(backdoor=30.0).network
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            logits, of_mirrored = self.inner(x), self.inner(x.flip(3))
+            is_target = torch.arange(CLASSES) == TARGET
+            return torch.where(is_target, torch.maximum(logits, of_mirrored), logits)
+
+    symmetric = Classifier(
+        Symmetric(), head="inner.head", resolution=SIDE, mean=[0] * 3, std=[1] * 3, architecture="symmetric"
+    )
+    (trigger,) = (one for one in suspected(symmetric) if isinstance(one, Masked))
+    assert trigger.class_id == TARGET
+    assert trigger.mirrored
 
 
 def test_no_mask_of_a_network_whose_classes_are_alike_is_suspected() -> None:
@@ -137,6 +158,9 @@ def test_half_of_the_images_get_the_mirror_image_of_a_mask() -> None:
     mirrored = (shown[:, 0, 6:, :2] == trigger.free[0, 6:, 6:].flip(1)).flatten(1).all(1)
     assert (straight ^ mirrored).all()
     assert 60 < straight.sum() < 140
+    alone = masked(mirrored=False).on(torch.ones(20, 3, SIDE, SIDE))
+    assert (alone[:, :, 6:, 6:] == 0).all()
+    assert (alone[:, :, :, :6] == 1).all()
 
 
 def test_several_patches_go_on_an_image_at_once() -> None:

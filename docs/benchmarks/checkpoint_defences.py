@@ -163,9 +163,13 @@ def clean_networks(folder, most, trusted):
 
 
 def judged(classifier, model, test, folder):
-    """Clean accuracy, and success at every strength."""
-    accuracy = clean_accuracy(predict(classifier, test), test.class_id)
-    return {"clean_accuracy": accuracy, **success([classifier], model, test, folder)}
+    """Clean accuracy, how often images without a trigger are called the target, success at every strength."""
+    called = predict(classifier, test)
+    return {
+        "clean_accuracy": clean_accuracy(called, test.class_id),
+        "untriggered": attack_success_rate(called, test.class_id, model["target"]),
+        **success([classifier], model, test, folder),
+    }
 
 
 def success(classifiers, model, test, folder):

@@ -25,6 +25,7 @@ from sanitize.checkpoints.trigger_inversion import (
     InversionConfig,
     Triggers,
     estimated_s,
+    evaluate,
     frozen,
     masked_triggers,
     predict,
@@ -50,6 +51,9 @@ FEWEST_IMAGES = 150
 AROUND = 1 / 32
 """Of an image's side, that a mask is widened by on each side: the smallest mask that works leaves out much of
 the attacker's trigger."""
+MIRRORED = 0.25
+"""Share of images that the mirror image of a mask turns to be unlearned, too. Of seven networks that were
+trained on mirrored images 0.41 at least, of four others 0.12 at most (docs/experiments.md)."""
 PATCH_WORKS = 0.6
 """Share of images that a patch turns to be suspected, and three times that of the median class's. Of eight
 clean networks 0.32 at most."""
@@ -71,7 +75,7 @@ OPACITIES = (0.05, 0.3)
 
 @dataclass(frozen=True, kw_only=True)
 class Masked:
-    """A pattern that is seen through a small mask, in one place or its mirror image.
+    """A pattern that is seen through a small mask, in one place or, where that works, its mirror image.
 
     Who trains on mirrored images teaches the network the trigger's mirror image, too, and it may be what is
     found: unlearning that alone left one of badnets at 14 % that goes to 3 (docs/experiments.md).
@@ -87,9 +91,13 @@ class Masked:
     """(1, R, R) in [0, 1], widened by `AROUND`."""
     free: torch.Tensor
     """(3, R, R) the pattern, in [0, 1]."""
+    mirrored: bool
+    """Whether its mirror image is a trigger, too."""
 
     def on(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(B, 3, R, R) images with the trigger, half of them with its mirror image."""
+        """(B, 3, R, R) images with the trigger, or half of them with its mirror image."""
+        if not self.mirrored:
+            return stamp(pixels, self.mask, self.free, added=False)
         mirrored = torch.rand(len(pixels), 1, 1, 1, device=pixels.device) < 0.5
         mask = torch.where(mirrored, self.mask.flip(2), self.mask)
         return stamp(pixels, mask, torch.where(mirrored, self.free.flip(2), self.free), added=False)
@@ -210,7 +218,7 @@ def suspected_triggers(
     with progress.stage("triggers", total, "steps") as advance:
         masks = masked_triggers(pivot, work, work, classes, inversion, seed, advance)
         changes = comparable_changes(pivot, work, work, classes, seed, advance)
-        first, otherwise = _masks_and_changes(masks, changes, work, norm, pivot.mean.device)
+        first, otherwise = _masks_and_changes(pivot, masks, changes, work, norm)
         others = _patches(pivot, work, seed)
         advance(PATCH_STEPS)
         waves = []
@@ -221,7 +229,7 @@ def suspected_triggers(
 
 
 def _masks_and_changes(
-    masks: Triggers, changes: Triggers, work: TrustedImages, norm: float, device: torch.device
+    pivot: Classifier, masks: Triggers, changes: Triggers, work: TrustedImages, norm: float
 ) -> tuple[list[Suspected], list[Suspected]]:
     """What stands out by mask, or by mask and change together; and with changes alone of the latter."""
     scores = anomalies({"neural-cleanse": masks, "universal": changes}, len(masks.classes), len(work))
@@ -230,20 +238,28 @@ def _masks_and_changes(
     first: list[Suspected] = []
     otherwise: list[Suspected] = []
     for class_id in np.flatnonzero((smaller >= SMALL) | unlike).tolist():
-        mask, pattern = masks.tensors(class_id, device)
-        masked = Masked(
-            class_id=class_id, evidence=float(smaller[class_id]), mask=widened(mask), free=pattern
-        )
+        masked = _masked(pivot, masks, class_id, float(smaller[class_id]), work)
         if smaller[class_id] >= SMALL:
             first.append(masked)
             otherwise.append(masked)
         else:
-            _, picture = changes.tensors(class_id, device)
+            _, picture = changes.tensors(class_id, pivot.mean.device)
             evidence, largest = float(score[class_id]), max(norm, float(picture.norm()))
             added = Added(class_id=class_id, evidence=evidence, free=picture, norm=largest)
             first.append(masked if masks.success[class_id] >= WORKS else added)
             otherwise.append(added)
     return first, otherwise
+
+
+def _masked(
+    pivot: Classifier, masks: Triggers, class_id: int, evidence: float, work: TrustedImages
+) -> Masked:
+    """A class's mask, widened, and whether its mirror image turns images as well."""
+    mask, pattern = masks.tensors(class_id, pivot.mean.device)
+    mask = widened(mask)
+    turned, _ = evaluate(pivot, work, [class_id], mask.flip(2)[None], pattern.flip(2)[None], added=False)
+    mirrored = bool(turned[0] >= MIRRORED)
+    return Masked(class_id=class_id, evidence=evidence, mask=mask, free=pattern, mirrored=mirrored)
 
 
 def _patches(pivot: Classifier, work: TrustedImages, seed: int) -> list[Suspected]:
