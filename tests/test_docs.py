@@ -66,14 +66,14 @@ def options(command: Any) -> set[str]:
 
 
 def calls(line: str) -> Iterator[list[str]]:
-    """The words of every `sanitize ...` in a shell line, up to a pipe, redirection or another command."""
+    """The words of every `sanitize ...` in a shell line, up to a pipe or another command, but "$@"."""
     lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
     lexer.whitespace_split = True
     words: list[str] = []
     for word in [*lexer, ";"]:
         if set(word) <= set("();<>|&"):
             if words[:1] == ["sanitize"]:
-                yield words
+                yield [one for one in words if one != "$@"]
             words = []
         else:
             words.append(word)
@@ -292,3 +292,21 @@ def test_pipeline_stops_or_trains(tmp_path: Path) -> None:
         assert done.returncode == code
         kept = [str((run / "kept" / name).resolve()) for name in ("a.tar", "b.tar.gz")]
         assert done.stdout.split() == ([] if code else kept)
+
+
+def test_before_deploying_repairs_what_is_backdoored_alone(tmp_path: Path) -> None:
+    """The script with a stand-in for `sanitize` that says what it was asked and finds what it is told to."""
+    stand_in = tmp_path / "bin/sanitize"
+    stand_in.parent.mkdir()
+    script = [ROOT / "examples/before_deploying.sh", "far/model.pt", "clean", "out/", "--arch", "a:b"]
+    for code in (0, 3, 5):
+        stand_in.write_text(f'#!/bin/sh\necho "$@"\ntest "$1" = repair || exit {code}\n')
+        stand_in.chmod(0o755)
+        path = f"{stand_in.parent}:/usr/bin:/bin"
+        done = subprocess.run(script, capture_output=True, text=True, env={"PATH": path}, check=False)
+        assert done.returncode == code
+        asked = [
+            "inspect far/model.pt --trusted clean --out out --fail-on backdoor --arch a:b",
+            "repair far/model.pt --trusted clean --out out/repaired-model.pt --arch a:b",
+        ]
+        assert done.stdout.splitlines() == (asked if code == 5 else asked[:1])

@@ -11,7 +11,7 @@ larger one. Accuracy and attack success are measured on test images that no defe
 often models that were never poisoned call the stamped test images the target. After a repair it is measured,
 too, what tuning on five poisoned images does to the repaired model and to a clean one beside it. A cell of
 repair or inspect that is there is not measured again; two processes may share the work by --part 0/2 and
---part 1/2.
+--part 1/2. Repaired models are kept in OUT/repaired, a folder of models for `inspect`.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 from sklearn.metrics import roc_auc_score
+from train_checkpoints import keep
 
 from sanitize.attacks import get, stamp
 from sanitize.attacks.plant import from_float, to_float
@@ -89,11 +90,13 @@ def main():
             path.parent.mkdir(parents=True, exist_ok=True)
             chosen = first_of_each(trusted, int(count))
             classifier = load(model, asked.models, chosen)
-            measured = (
-                repaired(classifier, model, method, chosen, test, asked.models)
-                if asked.what == "repair"
-                else inspected(classifier, chosen, looks)
-            )
+            if asked.what == "repair":
+                found, measured = repaired(classifier, model, method, chosen, test, asked.models)
+                if found.facts["repaired"]:
+                    (asked.out / "repaired").mkdir(exist_ok=True)
+                    keep(found.classifier, model | {"name": path.stem}, asked.out / "repaired")
+            else:
+                measured = inspected(classifier, chosen, looks)
             cell = {"model": model, "method": method, "trusted": int(count), **measured}
             write_atomic(path, json.dumps(cell, indent=1).encode())
             print(path.name, json.dumps(measured)[:600], flush=True)
@@ -126,7 +129,7 @@ def repaired(classifier, model, method, trusted, test, folder):
     work, _ = split(trusted, config.held_out_ratio, config.seed)
     few = five_poisoned(work, model, folder)
     clean = [retuned(one, few) for one in clean_networks(folder, 1, trusted)]
-    return {
+    return found, {
         "seconds": seconds,
         "before": judged(classifier, model, test, folder),
         "after": judged(found.classifier, model, test, folder),
