@@ -24,7 +24,8 @@ from sanitize.checkpoints import tuning, weight_decay
 from sanitize.checkpoints.repair import RepairConfig
 from sanitize.checkpoints.repair_file import RepairReport, in_words, repair_file
 from sanitize.checkpoints.trigger_inversion import InversionConfig
-from sanitize.checkpoints.tuning import Schedule
+from sanitize.checkpoints.trusted import split
+from sanitize.checkpoints.tuning import Schedule, predict
 from sanitize.checkpoints.weight_decay import Settings as WeightDecay
 from sanitize.errors import RunFolderError, TrainingError, UsageError
 from sanitize.progress import Silent
@@ -62,8 +63,16 @@ def test_the_fixed_file_and_all_facts_are_written(tmp_path: Path) -> None:
     assert written.keys() == original.keys()
     assert any(not torch.equal(written[name], original[name]) for name in original)
     assert [entry["step"] for entry in facts["history"]] == [0, 5, 10, 15, 20, 25, 30]
-    assert 0 <= facts["inverted_trigger"]["success_after"] <= 1
+    trigger = facts["inverted_trigger"]
+    assert 0 <= trigger["success_after"] <= 1
+    mended = trained(30)
+    mended.network.load_state_dict(written)
+    _, held_out = split(images(120, 5), RepairConfig().held_out_ratio, RepairConfig().seed)
+    others = held_out.class_id != int(trigger["class"])
+    called = predict(mended, held_out)[others] == int(trigger["class"])
+    assert trigger["without_trigger"] == pytest.approx(called.mean())
     words = in_words(report)
+    assert f"(towards {trigger['class']}; {called.mean():.1%} without it)" in words
     assert "Repaired by pivotal-tuning; kept step 30" in words
     assert "fixed.safetensors.json" in words
 

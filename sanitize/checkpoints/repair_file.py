@@ -125,9 +125,9 @@ def inverted_trigger(
     """The smallest trigger that Neural Cleanse rebuilds from the original, tried on both models.
 
     Returns:
-        Its class, and its success on held-out images of other classes before and after; None for a head of
-        more than MOST_INVERTED classes. Where no trigger works on half of the images, that of the one
-        that works on most.
+        Its class, its success on held-out images of other classes before and after, and how many of these the
+        repaired model calls the class without it; None for a head of more than MOST_INVERTED classes. Where
+        no trigger works on half of the images, that of the one that works on most.
     """
     classes = range(original.classes)
     if len(classes) > MOST_INVERTED:
@@ -141,11 +141,15 @@ def inverted_trigger(
     if smallest is None:
         smallest = int(np.nanargmax(triggers.success))
     mask, pattern = triggers.tensors(smallest, original.mean.device)
-    after, _ = evaluate(found.classifier, held_out, [smallest], mask[None], pattern[None], added=False)
+    with_it, without_it = (
+        evaluate(found.classifier, held_out, [smallest], shown[None], pattern[None], added=False)[0][0]
+        for shown in (mask, torch.zeros_like(mask))
+    )
     return {
         "class": original.label(smallest),
         "success_before": _number(triggers.success[smallest]),
-        "success_after": _number(after[0]),
+        "success_after": _number(with_it),
+        "without_trigger": _number(without_it),
     }
 
 
@@ -186,7 +190,7 @@ def in_words(report: RepairReport) -> str:
     if trigger is not None and trigger["success_before"] is not None:
         lines.append(
             f"  rebuilt trigger    {trigger['success_before']:>7.1%} -> {trigger['success_after']:.1%}   "
-            f"(towards {trigger['class']})"
+            f"(towards {trigger['class']}; {trigger['without_trigger']:.1%} without it)"
         )
     if "retune_check" in facts:
         check = facts["retune_check"]
