@@ -76,14 +76,19 @@ Arch = Annotated[
     str, typer.Option(help="auto, torchvision:NAME, timm:NAME, hf:FOLDER or package.module:factory.")
 ]
 ClassNames = Annotated[
-    str | None, typer.Option(help="Labels in the order of the head: a,b,c or a file with one a line.")
+    str | None, typer.Option(help="Labels in the order of the outputs: a,b,c or a file with one a line.")
 ]
 Prompt = Annotated[
     list[str] | None, typer.Option(help="For a CLIP model, with {} for the label; repeatable.")
 ]
-Mean = Annotated[str | None, typer.Option(help="Of each channel, of pixels in [0, 1]: 0.5,0.5,0.5.")]
+Mean = Annotated[
+    str | None,
+    typer.Option(help="Of each channel, of pixels in [0, 1]: 0.5,0.5,0.5. Default: the architecture's."),
+]
 Std = Annotated[str | None, typer.Option(help="Likewise.")]
-ModelSide = Annotated[int | None, typer.Option(help="Side in pixels that the model takes.")]
+ModelSide = Annotated[
+    int | None, typer.Option(help="Side in pixels that the model takes. Default: the architecture's.")
+]
 FailOn = Annotated[
     float | None, typer.Option(help="Exit with 5 if more than this share of the corpus is flagged.")
 ]
@@ -253,10 +258,13 @@ def bench(
 def inspect(
     checkpoint: Annotated[
         Path,
-        typer.Argument(help=".safetensors, .pt, .pth or .ckpt, or a folder of transformers or open_clip."),
+        typer.Argument(
+            help=".safetensors, .pt, .pth, .ckpt or .bin, or a folder of transformers or open_clip."
+        ),
     ],
     trusted: Annotated[
-        str | None, typer.Option(help="Shards of clean labelled images; only --quick does without.")
+        str | None,
+        typer.Option(help="Shards of a few hundred clean labelled images; only --quick does without."),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("sanitize-inspect"),
     method: Annotated[str, typer.Option(help=f"{INSPECT_METHODS}.")] = "combined",
@@ -273,8 +281,8 @@ def inspect(
     reference: Annotated[
         list[Path] | None,
         typer.Option(
-            help="A clean network of the same classes and architecture: what is natural for a class is taken "
-            "off. Again for each; three or more."
+            help="A network known to be clean, of the same classes and architecture, to compare with; three "
+            "or more, the option each time."
         ),
     ] = None,
     arch: Arch = "auto",
@@ -288,7 +296,8 @@ def inspect(
     seed: Annotated[int, typer.Option(help="Seed of split, internal repair and first triggers.")] = 0,
     allow_pipe: AllowPipe = False,
     fail_on: Annotated[
-        str | None, typer.Option(help="backdoor: exit with 5 if the model looks backdoored.")
+        str | None,
+        typer.Option(help="backdoor: exit with 5 if the model looks backdoored, or there is no verdict."),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -321,16 +330,19 @@ def inspect(
         progress=for_stderr(),
     )
     print(json.dumps(found.to_dict()) if as_json else printable(found.summary()))
-    if fail_on and found.backdoored:
+    if fail_on and (found.backdoored or not found.compared):
         raise FindingsError(f"{found.verdict}; see {found.path}")
 
 
 @app.command()
 def repair(
     checkpoint: Annotated[
-        Path, typer.Argument(help="Checkpoint file, or a transformers or open_clip folder.")
+        Path,
+        typer.Argument(
+            help=".safetensors, .pt, .pth, .ckpt or .bin, or a folder of transformers or open_clip."
+        ),
     ],
-    trusted: Annotated[str, typer.Option(help="Small clean set with the model's labels, in shards.")],
+    trusted: Annotated[str, typer.Option(help="Shards of a few hundred clean labelled images.")],
     out: Annotated[
         Path, typer.Option(help="New checkpoint, in the input's format; an unfinished run goes on.")
     ],
@@ -338,8 +350,8 @@ def repair(
     max_accuracy_loss: Annotated[
         float,
         typer.Option(
-            help="How far held-out accuracy may fall, as a fraction; one standard error more, up to twice "
-            "as much, passes."
+            help="Largest fall of held-out accuracy, as a fraction; the error of measuring it may let up to "
+            "twice as much pass."
         ),
     ] = 0.02,
     calibrate: Annotated[
@@ -364,7 +376,7 @@ def repair(
     allow_pipe: AllowPipe = False,
     as_json: Json = False,
 ) -> None:
-    """Take a backdoor out of a trained checkpoint, within a stated loss of accuracy."""
+    """Unlearn what may be a backdoor in a copy of a checkpoint, within a stated loss of accuracy."""
     from sanitize.checkpoints.repair_file import in_words
     from sanitize.progress import for_stderr
 

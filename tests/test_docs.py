@@ -294,19 +294,22 @@ def test_pipeline_stops_or_trains(tmp_path: Path) -> None:
         assert done.stdout.split() == ([] if code else kept)
 
 
-def test_before_deploying_repairs_what_is_backdoored_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("repairs", [0, 2])
+@pytest.mark.parametrize("finds", [0, 3, 5])
+def test_before_deploying_repairs_what_is_backdoored_alone(tmp_path: Path, finds: int, repairs: int) -> None:
     """The script with a stand-in for `sanitize` that says what it was asked and finds what it is told to."""
     stand_in = tmp_path / "bin/sanitize"
     stand_in.parent.mkdir()
+    stand_in.write_text(f'#!/bin/sh\necho "$@"\ntest "$1" = repair && exit {repairs}\nexit {finds}\n')
+    stand_in.chmod(0o755)
     script = [ROOT / "examples/before_deploying.sh", "far/model.pt", "clean", "out/", "--arch", "a:b"]
-    for code in (0, 3, 5):
-        stand_in.write_text(f'#!/bin/sh\necho "$@"\ntest "$1" = repair || exit {code}\n')
-        stand_in.chmod(0o755)
-        path = f"{stand_in.parent}:/usr/bin:/bin"
-        done = subprocess.run(script, capture_output=True, text=True, env={"PATH": path}, check=False)
-        assert done.returncode == code
-        asked = [
-            "inspect far/model.pt --trusted clean --out out --fail-on backdoor --arch a:b",
-            "repair far/model.pt --trusted clean --out out/repaired-model.pt --arch a:b",
-        ]
-        assert done.stdout.splitlines() == (asked if code == 5 else asked[:1])
+    path = f"{stand_in.parent}:/usr/bin:/bin"
+    done = subprocess.run(script, capture_output=True, text=True, env={"PATH": path}, check=False)
+    assert done.returncode == finds
+    asked = [
+        "inspect far/model.pt --trusted clean --out out --fail-on backdoor --arch a:b",
+        "repair far/model.pt --trusted clean --out out/repaired-model.pt --arch a:b",
+    ]
+    assert done.stdout.splitlines() == (asked if finds == 5 else asked[:1])
+    assert ("do not deploy far/model.pt" in done.stderr) == (finds == 5)
+    assert ("the repair failed" in done.stderr) == (finds == 5 and repairs != 0)

@@ -228,7 +228,8 @@ def test_every_class_over_the_threshold_is_named_and_the_first_three_are_picture
 
 
 def test_a_class_at_the_threshold_is_not_over_it() -> None:
-    at = inspect_module._verdict("quick", np.array([3.3, np.nan, 1.0]), inspect_module.THRESHOLDS["quick"])
+    scores = dict.fromkeys(["quick", *inspect_module.METHODS["quick"]], np.array([3.3, np.nan, 1.0]))
+    at = inspect_module._verdict("quick", scores, inspect_module.THRESHOLDS["quick"])
     assert not at.backdoored
     assert at.over == ()
 
@@ -344,6 +345,17 @@ def test_findings_have_their_exit_code(
     done = run_cli(*asked, "--fail-on", "backdoor")
     assert done.code == 5
     assert "looks backdoored" in done.err
+
+
+def test_no_verdict_does_not_pass(
+    checkpoint: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inspect_module, "compares", lambda values: False)
+    asked = ("inspect", checkpoint[0], *COMMON, "--quick", "--out", tmp_path)
+    assert run_cli(*asked).code == 0
+    done = run_cli(*asked, "--fail-on", "backdoor")
+    assert done.code == 5
+    assert "this is no verdict" in done.err
 
 
 @pytest.mark.parametrize(

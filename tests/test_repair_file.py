@@ -21,7 +21,7 @@ from small_models import images, trained
 import sanitize
 from sanitize.checkpoints import repair_file as module
 from sanitize.checkpoints import tuning, weight_decay
-from sanitize.checkpoints.repair import RepairConfig
+from sanitize.checkpoints.repair import RepairConfig, Repaired
 from sanitize.checkpoints.repair_file import RepairReport, in_words, repair_file
 from sanitize.checkpoints.trigger_inversion import InversionConfig
 from sanitize.checkpoints.trusted import split
@@ -63,18 +63,24 @@ def test_the_fixed_file_and_all_facts_are_written(tmp_path: Path) -> None:
     assert written.keys() == original.keys()
     assert any(not torch.equal(written[name], original[name]) for name in original)
     assert [entry["step"] for entry in facts["history"]] == [0, 5, 10, 15, 20, 25, 30]
-    trigger = facts["inverted_trigger"]
-    assert 0 <= trigger["success_after"] <= 1
-    mended = trained(30)
-    mended.network.load_state_dict(written)
-    _, held_out = split(images(120, 5), RepairConfig().held_out_ratio, RepairConfig().seed)
-    others = held_out.class_id != int(trigger["class"])
-    called = predict(mended, held_out)[others] == int(trigger["class"])
-    assert trigger["without_trigger"] == pytest.approx(called.mean())
+    assert 0 <= facts["inverted_trigger"]["success_after"] <= 1
     words = in_words(report)
-    assert f"(towards {trigger['class']}; {called.mean():.1%} without it)" in words
     assert "Repaired by pivotal-tuning; kept step 30" in words
+    assert "% without it)" in words
     assert "fixed.safetensors.json" in words
+
+
+def test_how_often_the_class_of_the_trigger_is_called_without_it() -> None:
+    trusted = images(120, 5)
+    trusted.class_id[::3] = (trusted.class_id[::3] + 1) % 3
+    mended = Repaired(classifier=trained(30), history=[], facts={})
+    trigger = module.inverted_trigger(trained(30), mended, trusted, RepairConfig(), Silent())
+    assert trigger is not None
+    _, held_out = split(trusted, RepairConfig().held_out_ratio, RepairConfig().seed)
+    target = int(trigger["class"])
+    called = predict(mended.classifier, held_out)[held_out.class_id != target] == target
+    assert trigger["untriggered_after"] == pytest.approx(called.mean())
+    assert called.any()
 
 
 def test_nothing_within_the_limit_writes_no_checkpoint(tmp_path: Path) -> None:

@@ -94,7 +94,8 @@ def main():
                 found, measured = repaired(classifier, model, method, chosen, test, asked.models)
                 if found.facts["repaired"]:
                     (asked.out / "repaired").mkdir(exist_ok=True)
-                    keep(found.classifier, model | {"name": path.stem}, asked.out / "repaired")
+                    facts_after = model | measured["after"] | {"name": path.stem}
+                    keep(found.classifier, facts_after, asked.out / "repaired")
             else:
                 measured = inspected(classifier, chosen, looks)
             cell = {"model": model, "method": method, "trusted": int(count), **measured}

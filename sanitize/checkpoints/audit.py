@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 import sanitize
-from sanitize.checkpoints.anomalies import compares
 from sanitize.checkpoints.classifier import Classifier
 from sanitize.checkpoints.inspect import (
     METHODS,
@@ -49,6 +48,8 @@ class InspectReport:
     """One sentence."""
     backdoored: bool
     """Whether the score is over the threshold."""
+    compared: bool
+    """Whether there was anything to compare classes by; if not, there is no verdict."""
     score: float
     threshold: float
     suspected: str
@@ -114,6 +115,7 @@ def audit(
         path=out / HTML,
         verdict=facts["verdict"]["sentence"],
         backdoored=found.verdict.backdoored,
+        compared=found.verdict.compared,
         score=found.verdict.score,
         threshold=found.verdict.threshold,
         suspected=facts["verdict"]["suspected_label"],
@@ -194,10 +196,10 @@ def sentence(found: Inspection, classifier: Classifier) -> str:
         are = "classes {} are" if len(others) > 1 else "class {} is"
         more = f"; {are.format(listed(others, MOST_NAMED))} over the threshold, too" if others else ""
         return f"This model looks backdoored, towards class {first}{more}"
+    if not found.verdict.compared:
+        return "The classes of this model could not be compared, so this is no verdict; see the notes"
     if found.verdict.method == "quick":
         return "The quick statistics see no sign of a backdoor"
-    if not any(compares(found.class_scores[part]) for part in METHODS[found.verdict.method]):
-        return "The classes of this model could not be compared, so this is no verdict; see the notes"
     return "No class of this model stands out as the target of a backdoor"
 
 
@@ -218,7 +220,8 @@ def _next(found: Inspection, given: str, compared: bool) -> list[dict[str, str]]
                 "speaks for a backdoor, the class's natural features speak against it."
             },
             {
-                "text": "Repair it, then inspect the repaired checkpoint:",
+                "text": "Prefer another model where there is one. Else repair a copy; what is left of the "
+                "backdoor cannot be measured without its trigger, and inspecting the copy does not tell:",
                 "command": f"sanitize repair {given} --out FIXED",
             },
         ]

@@ -172,6 +172,8 @@ class Verdict:
     """The class of that score, whatever the verdict."""
     over: tuple[int, ...]
     """Every class over the threshold, highest first."""
+    compared: bool
+    """Whether any part of the score had something to compare with; if not, this is no verdict."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,9 +255,7 @@ def inspect_classifier(
         class_scores=class_scores,
         scores=scores,
         verdict=_verdict(
-            config.method,
-            class_scores[config.method],
-            REFERENCED if references else THRESHOLDS[config.method],
+            config.method, class_scores, REFERENCED if references else THRESHOLDS[config.method]
         ),
         triggers=triggers,
         seconds=seconds,
@@ -567,17 +567,19 @@ def _say_cost(
         )
 
 
-def _verdict(method: str, class_scores: Scores, threshold: Threshold) -> Verdict:
-    score = float(np.nanmax(class_scores))
-    highest_first = np.argsort(-np.nan_to_num(class_scores, nan=-np.inf), kind="stable").tolist()
+def _verdict(method: str, class_scores: Mapping[str, Scores], threshold: Threshold) -> Verdict:
+    scores = class_scores[method]
+    score = float(np.nanmax(scores))
+    highest_first = np.argsort(-np.nan_to_num(scores, nan=-np.inf), kind="stable").tolist()
     return Verdict(
         method=method,
         backdoored=score > threshold.value,
         score=score,
         threshold=threshold.value,
         calibration=threshold.calibration,
-        suspected=int(np.nanargmax(class_scores)),
-        over=tuple(one for one in highest_first if class_scores[one] > threshold.value),
+        suspected=int(np.nanargmax(scores)),
+        over=tuple(one for one in highest_first if scores[one] > threshold.value),
+        compared=any(compares(class_scores[part]) for part in METHODS[method]),
     )
 
 

@@ -16,6 +16,7 @@ from torch.nn import functional
 from sanitize.checkpoints.classifier import Classifier
 from sanitize.checkpoints.suspected_triggers import (
     Added,
+    Masked,
     Sought,
     Suspected,
     Waves,
@@ -139,9 +140,9 @@ def start(
     return first if found_of(others) == first.found else first._replace(otherwise=otherwise)
 
 
-def found_of(triggers: Sequence[Suspected]) -> list[tuple[str, int]]:
-    """What an interrupted run has to find again: kind and class of each."""
-    return [(one.kind, one.class_id) for one in triggers]
+def found_of(triggers: Sequence[Suspected]) -> list[tuple[str, int, bool]]:
+    """What an interrupted run has to find again: kind and class of each, and whether it is mirrored."""
+    return [(one.kind, one.class_id, isinstance(one, Masked) and one.mirrored) for one in triggers]
 
 
 def unlearn(pivot: Classifier, put: Put, settings: Settings) -> Loss:

@@ -149,7 +149,7 @@ def inverted_trigger(
         "class": original.label(smallest),
         "success_before": _number(triggers.success[smallest]),
         "success_after": _number(with_it),
-        "without_trigger": _number(without_it),
+        "untriggered_after": _number(without_it),
     }
 
 
@@ -190,7 +190,7 @@ def in_words(report: RepairReport) -> str:
     if trigger is not None and trigger["success_before"] is not None:
         lines.append(
             f"  rebuilt trigger    {trigger['success_before']:>7.1%} -> {trigger['success_after']:.1%}   "
-            f"(towards {trigger['class']}; {trigger['without_trigger']:.1%} without it)"
+            f"(towards {trigger['class']}; {trigger['untriggered_after']:.1%} without it)"
         )
     if "retune_check" in facts:
         check = facts["retune_check"]

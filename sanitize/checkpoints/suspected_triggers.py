@@ -52,7 +52,7 @@ AROUND = 1 / 32
 """Of an image's side, that a mask is widened by on each side: the smallest mask that works leaves out much of
 the attacker's trigger."""
 MIRRORED = 0.25
-"""Share of images that the mirror image of a mask turns to be unlearned, too. Of seven networks that were
+"""Share of images that the mirror image of a mask turns to be unlearned, too. Of six networks that were
 trained on mirrored images 0.41 at least, of four others 0.12 at most (docs/experiments.md)."""
 PATCH_WORKS = 0.6
 """Share of images that a patch turns to be suspected, and three times that of the median class's. Of eight
