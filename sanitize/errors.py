@@ -4,7 +4,7 @@ SanitizeError                 exit 1   something that could not be foreseen by t
 ├── UsageError                exit 2   an option or argument that makes no sense
 ├── InputError                exit 3   shards, labels or a trusted set that cannot be used
 ├── RunFolderError            exit 4   the run folder belongs to another configuration or another process
-├── FindingsError             exit 5   more was flagged than --fail-on allows
+├── FindingsError             exit 5   --fail-on: too much was flagged, or a model did not pass
 ├── TrainingError             exit 1   the proxy model diverged
 └── DiskFullError             exit 1   the disk is full; what was there before still stands
 
