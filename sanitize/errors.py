@@ -37,7 +37,7 @@ class RunFolderError(SanitizeError):
 
 
 class FindingsError(SanitizeError):
-    """More samples were flagged than the caller allowed."""
+    """More was flagged than the caller allowed, or a model did not pass."""
 
     exit_code = 5
 
