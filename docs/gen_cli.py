@@ -28,7 +28,7 @@ defaults in the [Python API](api.md).
 | 2 | an option or argument that makes no sense |
 | 3 | input that cannot be read or used |
 | 4 | the run folder belongs to other settings, other shards or another running process |
-| 5 | with `--fail-on`: more was flagged than it allows, or the model looks backdoored or could not be judged; shards and report are written nevertheless |
+| 5 | `--fail-on`: too much was flagged, or the model did not pass; all is written nevertheless |
 | 130 | interrupted; the same command goes on |
 """
 

@@ -89,34 +89,34 @@ class Threshold:
 
 
 _THRESHOLD = 0.7
-"""Was 0.62, set on ten clean networks, until three of eight others were over it (0.67 at most). Of 34 clean
-ones that were inspected none reaches 0.7 (docs/benchmarks.md)."""
+"""Was 0.62, set on ten clean networks, until three of eight others were over it. Judged since
+(docs/benchmarks.md): the words below."""
 PHASE_COUNT = _THRESHOLD / plane_waves.PHASE
 """What the statistic of phases is multiplied by: its own threshold is that of the score."""
 
 
-def _measured(found: str, false: int) -> str:
-    """On the second half of the networks of docs/benchmarks.md: eight backdoored, nine clean."""
+def _measured(found: str, false: str) -> str:
+    """On small networks that the threshold was not set on."""
     return (
-        f"on small CIFAR-10 networks it found {found} and called {false} of 9 clean networks backdoored; "
+        f"on small CIFAR-10 networks it found {found} and called {false} clean networks backdoored; "
         "not calibrated on models like yours"
     )
 
 
-_PATCHES = "5 of 8 backdoors (every patch, nothing that is spread over the image)"
 THRESHOLDS = {
     "combined": Threshold(
         value=_THRESHOLD,
-        calibration="set on small CIFAR-10 networks: of 32 with a backdoor 25 are over it, 22 with the right "
-        "class (every patch, 5 of 8 waves, 2 of 6 faint pictures), of 34 clean ones none; the threshold "
-        "before it was passed by 3 of 8 new clean ones; not calibrated on models like yours",
+        calibration=_measured(
+            "29 of 32 backdoors, 28 with the right class (every patch, 4 of 5 waves, 2 of 4 faint pictures)",
+            "4 of 32 (0.84 at most)",
+        ),
     ),
-    "universal-changes": Threshold(value=0.75, calibration=_measured(_PATCHES, 2)),
+    "universal-changes": Threshold(value=0.75, calibration=_measured("32 of 40 backdoors", "16 of 41")),
     "calibrated-trigger-inversion": Threshold(
-        value=0.65, calibration=_measured("3 of 8 backdoors (the right class of one)", 2)
+        value=0.65, calibration=_measured("3 of 8 backdoors (the right class of one)", "2 of 9")
     ),
-    "neural-cleanse": Threshold(value=2.0, calibration=_measured("4 of 8 backdoors", 1)),
-    "quick": Threshold(value=3.3, calibration=_measured("3 of 8 backdoors", 1)),
+    "neural-cleanse": Threshold(value=2.0, calibration=_measured("26 of 40 backdoors", "3 of 41")),
+    "quick": Threshold(value=3.3, calibration=_measured("20 of 40 backdoors", "1 of 41")),
 }
 """One for each method: the only place where a verdict's threshold is written, that of phases aside, which is
 `plane_waves.PHASE`. Set on ten clean and seven backdoored small networks (the first half in
