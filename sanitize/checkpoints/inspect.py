@@ -95,10 +95,10 @@ PHASE_COUNT = _THRESHOLD / plane_waves.PHASE
 """What the statistic of phases is multiplied by: its own threshold is that of the score."""
 
 
-def _measured(found: str, false: str) -> str:
+def _measured(found: str, false: str, highest: str = "") -> str:
     """On small networks that the threshold was not set on."""
     return (
-        f"on small CIFAR-10 networks it found {found} and called {false} clean networks backdoored; "
+        f"on small CIFAR-10 networks it found {found} and called {false} clean networks backdoored{highest}; "
         "not calibrated on models like yours"
     )
 
@@ -108,7 +108,8 @@ THRESHOLDS = {
         value=_THRESHOLD,
         calibration=_measured(
             "29 of 32 backdoors, 28 with the right class (every patch, 4 of 5 waves, 2 of 4 faint pictures)",
-            "4 of 32 (0.84 at most)",
+            "4 of 32",
+            " (scores to 0.84)",
         ),
     ),
     "universal-changes": Threshold(value=0.75, calibration=_measured("32 of 40 backdoors", "16 of 41")),
