@@ -72,6 +72,10 @@ NoClassCap = Annotated[bool, typer.Option("--no-class-cap", help="Flag whatever 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Label = Annotated[str, typer.Option(help="Where labels are: cls, txt or json:path.to.field.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Checkpoint = Annotated[
+    Path,
+    typer.Argument(help=".safetensors, .pt, .pth, .ckpt or .bin, or a folder of transformers or open_clip."),
+]
 Arch = Annotated[
     str, typer.Option(help="auto, torchvision:NAME, timm:NAME, hf:FOLDER or package.module:factory.")
 ]
@@ -256,12 +260,7 @@ def bench(
 
 @app.command()
 def inspect(
-    checkpoint: Annotated[
-        Path,
-        typer.Argument(
-            help=".safetensors, .pt, .pth, .ckpt or .bin, or a folder of transformers or open_clip."
-        ),
-    ],
+    checkpoint: Checkpoint,
     trusted: Annotated[
         str | None,
         typer.Option(help="Shards of a few hundred clean labelled images; only --quick does without."),
@@ -336,12 +335,7 @@ def inspect(
 
 @app.command()
 def repair(
-    checkpoint: Annotated[
-        Path,
-        typer.Argument(
-            help=".safetensors, .pt, .pth, .ckpt or .bin, or a folder of transformers or open_clip."
-        ),
-    ],
+    checkpoint: Checkpoint,
     trusted: Annotated[str, typer.Option(help="Shards of a few hundred clean labelled images.")],
     out: Annotated[
         Path, typer.Option(help="New checkpoint, in the input's format; an unfinished run goes on.")

@@ -42,6 +42,13 @@ from sanitize.progress import Silent
 NORM = 2.0
 
 
+def look_at_small_models(monkeypatch: pytest.MonkeyPatch, **bounds: float) -> None:
+    """Their four classes are enough to compare, by these bounds of `suspected_triggers`."""
+    monkeypatch.setattr(plane_waves, "FEWEST_CLASSES", small_models.CLASSES)
+    for name, value in bounds.items():
+        monkeypatch.setattr(suspected_triggers, name, value)
+
+
 def looked(classifier: Classifier) -> suspected_triggers.Looked:
     found = suspected_triggers.suspected_triggers(classifier, images(40), NORM, 0, Silent())
     assert found is not None
@@ -240,10 +247,7 @@ def test_beside_a_suspected_trigger_a_third_of_the_images_get_the_others() -> No
 def test_beside_a_suspected_trigger_changes_and_waves_of_the_other_classes_are_unlearned(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(plane_waves, "FEWEST_CLASSES", small_models.CLASSES)
-    monkeypatch.setattr(suspected_triggers, "SMALL", 2.0)
-    monkeypatch.setattr(suspected_triggers, "UNLIKE", 1e9)
-    monkeypatch.setattr(suspected_triggers, "PATCH_WORKS", 1e9)
+    look_at_small_models(monkeypatch, SMALL=2.0, UNLIKE=1e9, PATCH_WORKS=1e9)
     given: list[Any] = []
     real = pivotal_unlearning.changes_and_waves
 
@@ -351,9 +355,7 @@ def test_where_all_or_nothing_depends_on_places_no_class_stands_out(
 def test_an_interrupted_repair_that_would_go_on_with_other_triggers_is_refused(
     smaller: float, made_before: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plane_waves, "FEWEST_CLASSES", small_models.CLASSES)
-    monkeypatch.setattr(suspected_triggers, "SMALL", smaller)
-    monkeypatch.setattr(suspected_triggers, "FEWEST_IMAGES", 100)
+    look_at_small_models(monkeypatch, SMALL=smaller, FEWEST_IMAGES=100)
     monkeypatch.setattr(tuning, "SAVE_EVERY", 1)
     model_, trusted = small_models.trained(30), small_models.images(160, 5)
     settings = {"steps": 20, "measure_every": 5}
@@ -481,9 +483,7 @@ def test_nothing_is_sought_where_classes_are_too_few_or_too_many(monkeypatch: py
 def test_the_repair_says_what_it_unlearned_and_unlearns_it(
     kind: str, smaller: float, other: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plane_waves, "FEWEST_CLASSES", small_models.CLASSES)
-    monkeypatch.setattr(suspected_triggers, "SMALL", smaller)
-    monkeypatch.setattr(suspected_triggers, "FEWEST_IMAGES", 100)
+    look_at_small_models(monkeypatch, SMALL=smaller, FEWEST_IMAGES=100)
     monkeypatch.setattr(repair, "spoils_less", lambda *given: kind == "change")
     backdoored = small_models.trained(30)
     config = RepairConfig(
@@ -505,9 +505,7 @@ def test_the_repair_says_what_it_unlearned_and_unlearns_it(
 
 
 def test_a_second_way_that_diverges_leaves_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plane_waves, "FEWEST_CLASSES", small_models.CLASSES)
-    monkeypatch.setattr(suspected_triggers, "SMALL", 1e9)
-    monkeypatch.setattr(suspected_triggers, "FEWEST_IMAGES", 100)
+    look_at_small_models(monkeypatch, SMALL=1e9, FEWEST_IMAGES=100)
     monkeypatch.setattr(repair, "MISTAKEN", 1.0)  # no third way
     real, made = tuning.take_step, []
 
@@ -528,10 +526,7 @@ def test_a_second_way_that_diverges_leaves_the_first(monkeypatch: pytest.MonkeyP
 def test_where_neither_mask_nor_change_will_do_changes_of_all_classes_are_unlearned(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(plane_waves, "FEWEST_CLASSES", small_models.CLASSES)
-    monkeypatch.setattr(suspected_triggers, "SMALL", 1e9)
-    monkeypatch.setattr(suspected_triggers, "FEWEST_IMAGES", 100)
-    monkeypatch.setattr(suspected_triggers, "PATCH_WORKS", 1e9)
+    look_at_small_models(monkeypatch, SMALL=1e9, FEWEST_IMAGES=100, PATCH_WORKS=1e9)
     monkeypatch.setattr(repair, "MISTAKEN", -1.0)  # any loss is too large
     config_ = RepairConfig(method="pivotal-unlearning", max_accuracy_loss=0.5, settings={"steps": 20})
     given = small_models.trained(30), small_models.images(160, 5), config_
