@@ -289,8 +289,9 @@ def _number(value: Any) -> float | None:
 def _pictures(found: Inspection, classifier: Classifier, trusted: TrustedImages) -> list[TriggerPictures]:
     """Triggers of the classes over the threshold, or of the highest, on trusted images of other classes."""
     return [
-        _picture(name, triggers, class_id, _some_others(trusted, class_id), classifier)
+        _picture(name, triggers, class_id, others, classifier)
         for class_id in found.verdict.over[:CLASSES_PICTURED] or (found.verdict.suspected,)
+        for others in [_some_others(trusted, class_id)]
         for name, triggers in found.triggers.items()
         if class_id in triggers.classes
     ]
